@@ -1,0 +1,118 @@
+"""``bench``: that its numbers are about the right thing. How large they are is nobody's promise here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trtllm_core.cli.bench import Row
+from trtllm_core.cli.measure import Timing, Workload, copy_bandwidth, peak_memory, step_bytes, time_engine
+from trtllm_core.cli.peers import find_checkpoint
+from trtllm_core.errors import ConfigError
+from trtllm_core.runner import ModelRunner
+
+SMALL = ("--repeats", "2", "--new-tokens", "6", "--prompt-len", "8", "--prefill-len", "16")
+
+
+def test_bench_alone(cli: Callable, tiny_engine: Path) -> None:
+    out = cli("bench", tiny_engine, *SMALL).stdout
+    for text in ("prefill 16", "decode, batch 1", "decode, batch 4", "of limit", "batching", "peak memory, ours"):
+        assert text in out
+    assert "ratio" not in out
+
+
+def test_bench_with_a_peer(cli: Callable, tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    peer = ("--peer", "transformers", "--checkpoint", tiny_checkpoint, "--batch", "1,3", "--threads", "1", "--json")
+    found = json.loads(cli("bench", tiny_engine, *SMALL, *peer).stdout)
+    assert [row["name"] for row in found["rows"]] == ["prefill 16", "decode, batch 1", "decode, batch 3"]
+    for row in found["rows"]:
+        assert len(row["ours_runs"]) == len(row["peer_runs"]) == 2
+        assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+    assert found["rows"][0]["limit"] is None
+    assert found["rows"][1]["of_limit"] > 0
+    assert found["peer"].startswith("transformers ")
+    assert found["threads"] == 1
+    runner = ModelRunner.from_dir(tiny_engine)
+    ours = found["memory"]["ours"]
+    assert (ours["weights"], ours["kv"]) == (runner.context_mem_size, runner.generation.loop.cache.bytes)
+    assert ours["peak"] > ours["imported"] > 0
+    assert "transformers" in found["memory"]
+
+
+def test_the_peer_does_the_same_work(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    """Same weights, same prompts: the greedy tokens must be the same, or the comparison means nothing."""
+    import torch
+    import transformers
+
+    work = Workload("x", 2, 8, 6)
+    runner = ModelRunner.from_dir(tiny_engine)
+    prompts = work.prompts(256)
+    ours = runner.generate(prompts, max_new_tokens=6, end_id=())[:, 0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    theirs = model.generate(torch.tensor(prompts), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.long(), theirs)
+
+
+def test_a_timing_counts_tokens_after_the_first(tiny_engine: Path) -> None:
+    runner = ModelRunner.from_dir(tiny_engine)
+    timing = time_engine(runner, Workload("x", 3, 8, 6))
+    assert timing.decode_tokens == 3 * 5
+    assert timing.prefill_seconds > 0
+    assert timing.decode_seconds > 0
+    assert Workload("x", 2, 10, 1).rate(Timing(0.5, 0.0, 0)) == 40
+    assert Workload("x", 2, 10, 5).rate(Timing(0.5, 2.0, 8)) == 4
+
+
+def test_the_limit_counts_weights_and_cache(tiny_engine: Path) -> None:
+    runner = ModelRunner.from_dir(tiny_engine)
+    expected = runner.context_mem_size + 2 * (8 + 3) * 512
+    assert step_bytes(runner, Workload("x", 2, 8, 6)) == expected
+    assert copy_bandwidth(runner.device, 1) > 1e8
+    assert peak_memory() > 1e7
+
+
+def test_prompts_are_the_same_in_every_process() -> None:
+    work = Workload("x", 2, 5, 1)
+    assert work.prompts(100) == work.prompts(100)
+    assert all(0 <= token < 100 for prompt in work.prompts(100) for token in prompt)
+
+
+def test_a_row_without_a_peer() -> None:
+    record = Row(Workload("x", 1, 1, 1), None, [1.0, 3.0, 2.0]).record()
+    assert (record["ours"], record["peer"], record["ratio"], record["of_limit"]) == (2.0, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "write sizes as 1,8"),
+        (["--batch", "0"], "at least 1"),
+        (["--batch", "9"], "max_batch_size 4"),
+        (["--prefill-len", "100"], "at most 96"),
+        (["--peer", "vllm"], "there is no peer 'vllm'"),
+        (["--peer", "transformers", "--checkpoint", "no/such"], "no checkpoint at no/such"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, cli: Callable, tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    assert tiny_checkpoint.name == "tiny"  # beside the engine, where a peer looks for it
+    assert message in cli("bench", tiny_engine, *SMALL[:4], *arguments, status=2).stderr
+
+
+def test_a_peer_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, cli: Callable, tiny_engine: Path, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    error = cli("bench", tiny_engine, "--peer", "transformers", "--checkpoint", tiny_checkpoint, status=2).stderr
+    assert "pip install trtllm-core[bench]" in error
+
+
+def test_a_checkpoint_is_found_beside_the_engine(tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert find_checkpoint(None, tiny_engine, "tiny") == tiny_checkpoint.resolve()
+    for source in ("", "gone"):
+        with pytest.raises(ConfigError, match="use --checkpoint"):
+            find_checkpoint(None, tmp_path / "engine", source)

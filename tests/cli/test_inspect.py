@@ -1,0 +1,216 @@
+"""``plugins``, ``explain``, ``plan`` and ``doctor``: what they say without loading weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trtllm_core.cli import doctor as doctor_module
+from trtllm_core.cli.console import size
+from trtllm_core.cli.memory import parse_size
+from trtllm_core.errors import ConfigError
+from trtllm_core.runner import ModelRunner
+
+# -- plugins -------------------------------------------------------------------------------------------------------
+
+
+def test_plugins(cli: Callable) -> None:
+    table = cli("plugins").stdout
+    for word in ("plugin", "distribution", "hooks", "status", "why", "trtllm-plugin-llama", "loaded"):
+        assert word in table
+    reports = json.loads(cli("plugins", "--json").stdout)
+    llama = next(report for report in reports if report["plugin"] == "llama")
+    assert llama["status"] == "loaded"
+    assert llama["hooks"] == ["trtllm_register_model_families"]
+
+
+@pytest.fixture
+def broken_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed plugin that cannot be imported."""
+    real = importlib.metadata.entry_points
+    broken = importlib.metadata.EntryPoint("broken", "no.such.module", "trtllm_core")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **query: [*real(**query), broken])
+
+
+def test_a_broken_plugin_is_shown(cli: Callable, broken_plugin: None) -> None:
+    report = json.loads(cli("plugins", "--json").stdout)[-1]
+    assert (report["plugin"], report["status"]) == ("broken", "failed")
+    assert "no" in report["why"]
+    result = cli("doctor", status=2)
+    assert "problem  plugin broken" in result.stdout
+
+
+# -- explain -------------------------------------------------------------------------------------------------------
+
+
+def test_explain_shows_order_providers_fields_and_hash(cli: Callable, tiny_engine: Path) -> None:
+    out = cli("explain", tiny_engine, "--temperature", "0.7", "--stop", "END", "--top-k", "9").stdout
+    for text in (
+        "llama (trtllm-plugin-llama ",
+        "4 sequences of 128 tokens, prompts of 96",
+        "paged (trtllm-core ",
+        "temperature = 0.7",
+        "honoured by temperature",
+        "plan hash",
+    ):
+        assert text in out
+    order = [out.index(f" {name} ") for name in ("min_length", "top_k_top_p", "stop_strings", "max_tokens")]
+    assert order == sorted(order)
+
+
+def test_explain_json(cli: Callable, tiny_engine: Path) -> None:
+    options = ("--temperature", "0.7", "--set", "top_k=1", "--stop", "END", "--json")
+    plan = json.loads(cli("explain", tiny_engine, *options).stdout)
+    names = [item["name"] for item in plan["pipeline"]]
+    assert names == ["min_length", "greedy", "end_id", "stop_strings", "max_tokens"]
+    assert plan["notes"] == ["temperature: left out, it cannot change which logit is largest"]
+    assert plan["asked"] == {"temperature": 0.7, "stop_strings": ["END"]}
+    assert plan["consumers"]["stop_strings"] == ["stop_strings"]
+    assert len(plan["hash"]) == 64
+    host = {item["name"]: item["runs_on"] for item in plan["pipeline"]}
+    assert (host["stop_strings"], host["greedy"]) == ("host", "device")
+    assert plan["engine"]["dtype"] == "float32"
+
+
+def test_explain_has_the_hash_of_the_session(cli: Callable, tiny_engine: Path) -> None:
+    from trtllm_core.config import SamplingConfig
+
+    runner = ModelRunner.from_dir(tiny_engine)
+    expected = runner.explain(SamplingConfig(top_k=4, min_p=0.1)).digest()
+    found = json.loads(cli("explain", tiny_engine, "--top-k", "4", "--min-p", "0.1", "--json").stdout)
+    assert found["hash"] == expected
+
+
+def test_explain_refuses_what_run_refuses(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
+    assert "honours num_beams=3" in cli("explain", tiny_engine, "--set", "num_beams=3", status=2).stderr
+    assert "no kv policy" in cli("explain", tiny_engine, "--kv-policy", "nope", status=2).stderr
+    ids_only = tmp_path / "e"
+    shutil.copytree(tiny_engine, ids_only)
+    (ids_only / "tokenizer.json").unlink()
+    assert "needs 'text'" in cli("explain", ids_only, "--stop", "END", status=2).stderr
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_what_the_engine_then_takes(cli: Callable, tiny_checkpoint: Path, tiny_engine: Path) -> None:
+    options = ["--max-batch-size", "4", "--max-seq-len", "128", "--max-input-len", "96", "--tokens-per-block", "16"]
+    before = json.loads(cli("plan", tiny_checkpoint, *options, "--memory", "1MiB", "--json").stdout)
+    runner = ModelRunner.from_dir(tiny_engine)
+    assert before["weights"] == runner.context_mem_size
+    assert before["kv_at_limits"] == runner.generation.loop.cache.bytes
+    assert before["kv_per_sequence"] == 128 * before["kv_per_token"]
+    after = json.loads(cli("plan", tiny_engine, "--json").stdout)
+    header = after["weights"] - before["weights"]  # a file's header comes on top
+    assert 0 < header < 8192
+    assert {**after, "weights": 0, "weights_all_ranks": 0, "total": 0} == {
+        **{name: before[name] for name in after},
+        "weights": 0,
+        "weights_all_ranks": 0,
+        "total": 0,
+    }
+    left = 1024**2 - before["weights"] - before["logits"]
+    assert before["sequences_that_fit"] == left // before["kv_per_sequence"]
+
+
+def test_plan_for_people(cli: Callable, tiny_checkpoint: Path) -> None:
+    out = cli("plan", tiny_checkpoint, "--memory", "24GiB", "--dtype", "bfloat16").stdout
+    for text in ("weights", "bfloat16", "KV per token  ", "KV at limits", "logits", "in 24.00 GiB"):
+        assert text in out
+    two = cli("plan", tiny_checkpoint, "--tp-size", "2").stdout
+    assert "2 ranks" in two
+
+
+def test_plan_reads_headers_only(cli: Callable, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trtllm_core.checkpoint.hf import HFCheckpoint
+
+    monkeypatch.setattr(HFCheckpoint, "tensor", lambda self, name: pytest.fail(f"read {name}"))
+    cli("plan", tiny_checkpoint)
+
+
+def test_plan_refusals(cli: Callable, tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    assert "--max-batch-size" in cli("plan", tiny_engine, "--max-batch-size", "2", status=2).stderr
+    assert "such as 24GiB" in cli("plan", tiny_checkpoint, "--memory", "lots", status=2).stderr
+    (tmp_path / "config.json").write_text('{"format_version": 1}')
+    assert "config.json" in cli("plan", tmp_path, status=2).stderr
+
+
+def test_sizes() -> None:
+    assert parse_size("24GiB") == parse_size("24 g") == parse_size("24576MB") == 24 * 1024**3
+    assert parse_size("1.5k") == 1536
+    assert parse_size("7") == 7
+    with pytest.raises(ConfigError, match="-1"):
+        parse_size("-1")
+    assert [size(n) for n in (5, 1536, 3 * 1024**3)] == ["5 B", "1.50 KiB", "3.00 GiB"]
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_without_an_engine(cli: Callable) -> None:
+    out = cli("doctor").stdout
+    for word in ("python: ", "torch: ", "cpu: ", "cuda", "memory: ", "plugin llama: ", "backend torch: "):
+        assert word in out
+    assert "problem " not in out
+
+
+def test_doctor_on_a_sound_engine(cli: Callable, tiny_engine: Path) -> None:
+    out = cli("doctor", tiny_engine).stdout
+    for word in ("engine: format 1", "rank0.safetensors: ", "family: llama", "backend: torch", "a chat template"):
+        assert word in out
+    assert "memory for it: " in out
+
+
+def _change(engine: Path, **changes: object) -> None:
+    path = engine / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"format_version": 99}, 2, "pip install -U trtllm-core"),
+        ({"core_version": "99.0"}, 0, "newer than this"),
+        ({"core_version": 5}, 2, "core_version"),
+        (
+            {"family": {"name": "mamba", "distribution": "trtllm-plugin-mamba", "version": "1"}},
+            2,
+            "pip install trtllm-plugin-mamba",
+        ),
+        (
+            {"backend": {"name": "tensorrt", "distribution": "trtllm-backend-tensorrt", "version": "1"}},
+            2,
+            "pip install trtllm-backend-tensorrt",
+        ),
+        ({"family": {"name": "llama", "distribution": "trtllm-plugin-llama", "version": "0.0.1"}}, 0, "0.0.1, "),
+    ],
+)
+def test_doctor_on_what_does_not_fit(
+    changes: dict, status: int, message: str, cli: Callable, tiny_engine: Path, tmp_path: Path
+) -> None:
+    engine = tmp_path / "e"
+    shutil.copytree(tiny_engine, engine)
+    _change(engine, **changes)
+    assert message in cli("doctor", engine, status=status).stdout
+
+
+def test_doctor_on_damage(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "e"
+    shutil.copytree(tiny_engine, engine)
+    (engine / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in cli("doctor", engine, status=2).stdout
+    (engine / "tokenizer.json").unlink()
+    assert "token ids only" in cli("doctor", engine).stdout
+    (engine / "rank0.safetensors").unlink()
+    assert "is missing" in cli("doctor", engine, status=2).stdout
+    assert "holds no engine" in cli("doctor", tmp_path / "none", status=2).stdout
+
+
+def test_doctor_on_too_little_memory(cli: Callable, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "memory_available", lambda: 600_000)
+    assert "--kv-max-tokens" in cli("doctor", tiny_engine).stdout

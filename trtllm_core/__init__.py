@@ -1,0 +1,88 @@
+"""trtllm-core: LLM inference whose every part is a plugin.
+
+Importing this package imports neither torch nor CUDA: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trtllm_core.version import __version__
+
+if TYPE_CHECKING:
+    from trtllm_core.config import (
+        BuildConfig,
+        EngineConfig,
+        KVCacheConfig,
+        Mapping,
+        ModelConfig,
+        SamplingConfig,
+        WorldConfig,
+        use,
+    )
+    from trtllm_core.decoding.request import Delta
+    from trtllm_core.engine.build import build_engine
+    from trtllm_core.errors import TrtllmCoreError
+    from trtllm_core.generation import GenerationSession
+    from trtllm_core.kv_cache.manager import GenerationSequence, KVCacheManager
+    from trtllm_core.outputs import GenerationOutput
+    from trtllm_core.plugin import Plugins
+    from trtllm_core.runner import ModelRunner
+    from trtllm_core.session import Session, TensorInfo
+
+_HOMES = {
+    "trtllm_core.config": (
+        "BuildConfig",
+        "EngineConfig",
+        "KVCacheConfig",
+        "Mapping",
+        "ModelConfig",
+        "SamplingConfig",
+        "WorldConfig",
+        "use",
+    ),
+    "trtllm_core.decoding.request": ("Delta",),
+    "trtllm_core.engine.build": ("build_engine",),
+    "trtllm_core.errors": ("TrtllmCoreError",),
+    "trtllm_core.generation": ("GenerationSession",),
+    "trtllm_core.kv_cache.manager": ("GenerationSequence", "KVCacheManager"),
+    "trtllm_core.outputs": ("GenerationOutput",),
+    "trtllm_core.plugin": ("Plugins",),
+    "trtllm_core.runner": ("ModelRunner",),
+    "trtllm_core.session": ("Session", "TensorInfo"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BuildConfig",
+    "Delta",
+    "EngineConfig",
+    "GenerationOutput",
+    "GenerationSequence",
+    "GenerationSession",
+    "KVCacheConfig",
+    "KVCacheManager",
+    "Mapping",
+    "ModelConfig",
+    "ModelRunner",
+    "Plugins",
+    "SamplingConfig",
+    "Session",
+    "TensorInfo",
+    "TrtllmCoreError",
+    "WorldConfig",
+    "__version__",
+    "build_engine",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'trtllm_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,134 @@
+"""The torch backend: weights as safetensors, mapped into the family's module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trtllm_core.backends.torch.executable import TorchExecutable
+from trtllm_core.backends.torch.kernels import choose_kernels
+from trtllm_core.config import EngineConfig
+from trtllm_core.engine.directory import parse_config
+from trtllm_core.engine.weights import is_safetensors, read_metadata, read_weights, write_weights
+from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
+from trtllm_core.nn import RotaryEmbedding
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import Availability, Backend, ModelFamily
+
+
+class TorchBackend(Backend):
+    """PyTorch on the CPU or CUDA."""
+
+    name = "torch"
+    contract = "packed_paged"
+
+    def probe(self) -> Availability:
+        """See ``Backend``."""
+        try:
+            found = version("torch")
+        except PackageNotFoundError:
+            return Availability(False, "PyTorch is not installed; pip install torch")
+        return Availability(True, "CPU, and CUDA where there is a GPU", found)
+
+    def build(
+        self,
+        config: EngineConfig,
+        family: ModelFamily,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        directory: Path,
+        rank: int,
+    ) -> Path:
+        """See ``Backend``: one safetensors file, with the engine's config and the rank in its metadata.
+
+        Raises:
+            ConfigError: the build asks for what this backend does not do.
+            CheckpointError: the weights do not make up the family's module.
+        """
+        if config.build.options:
+            raise ConfigError(f"the torch backend has no build option {listing(config.build.options)}")
+        if config.kv_dtype != config.model.dtype:
+            raise ConfigError(
+                f"the torch backend keeps keys and values in the engine's dtype, {config.model.dtype}: "
+                "leave kv_dtype out"
+            )
+        module = _meta_module(config, family, TensorParallel(rank, config.build.tp_size))
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        path = directory / f"rank{rank}.safetensors"
+        metadata = {"engine": config.model_dump_json(), "rank": str(rank)}
+        write_weights(path, shapes, getattr(torch, config.model.dtype), weights, metadata)
+        return path
+
+    def load(
+        self,
+        source: Path | bytes | memoryview,
+        config: EngineConfig,
+        family: ModelFamily,
+        *,
+        device: torch.device | str = "cpu",
+        parallel: TensorParallel | None = None,
+        batch_invariant: bool = False,
+        **unknown: Any,
+    ) -> TorchExecutable:
+        """See ``Backend``. Weights on the CPU stay a view of the mapped file.
+
+        Raises:
+            ConfigError: an unknown option, or ``parallel`` is not the rank that the file was built for.
+            EngineUnsupportedError: the device is not there, or cannot do what is asked.
+            EngineCorruptError: the file is not what the config says.
+        """
+        if unknown:
+            raise ConfigError(f"the torch backend has no option {listing(unknown)}")
+        device = _check_device(torch.device(device), config, batch_invariant)
+        module = _meta_module(config, family, _check_rank(source, config, parallel))
+        tensors = read_weights(source, device)
+        expected = {name: (tuple(one.shape), one.dtype) for name, one in module.named_parameters()}
+        found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
+        if found != expected:
+            wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise EngineCorruptError(f"the engine's weights do not fit its config, first at {wrong!r}: build it again")
+        module.load_state_dict(tensors, assign=True)
+        for layer in module.modules():
+            if isinstance(layer, RotaryEmbedding):
+                layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))
+        choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant)
+        return TorchExecutable(config, module, device, batch_invariant)
+
+    def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
+        """See ``Backend``."""
+        engine = read_metadata(source).get("engine") if is_safetensors(source) else None
+        return None if engine is None else parse_config(engine, "the config in the engine's metadata")
+
+
+def _meta_module(config: EngineConfig, family: ModelFamily, parallel: TensorParallel) -> nn.Module:
+    """The family's module without memory, in the engine's dtype."""
+    with torch.device("meta"):
+        return family.module(config.model, parallel).to(getattr(torch, config.model.dtype)).eval()
+
+
+def _check_device(device: torch.device, config: EngineConfig, batch_invariant: bool) -> torch.device:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineUnsupportedError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU; use device='cpu'")
+    if batch_invariant and (device.type != "cpu" or config.model.dtype != "float32"):
+        raise EngineUnsupportedError(
+            f"batch_invariant runs float32 engines on the CPU; this engine is {config.model.dtype} on {device.type}"
+        )
+    return device
+
+
+def _check_rank(
+    source: Path | bytes | memoryview, config: EngineConfig, parallel: TensorParallel | None
+) -> TensorParallel:
+    """Whose weights these are. The ranks' files are of one shape, so that nothing else would tell them apart."""
+    size, rank = config.build.tp_size, int(read_metadata(source).get("rank", 0))
+    if parallel is None:
+        return TensorParallel(rank, size)
+    if (parallel.rank, parallel.size) != (rank, size):
+        raise ConfigError(
+            f"this is the engine of rank {rank} of {size}, but parallel says rank {parallel.rank} of {parallel.size}"
+        )
+    return parallel

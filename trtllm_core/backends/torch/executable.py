@@ -1,0 +1,106 @@
+"""A torch engine, loaded on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trtllm_core.backends.torch.attention import PagedContext
+from trtllm_core.backends.torch.batch import PackedBatch, host
+from trtllm_core.backends.torch.invariant import InvariantContext
+from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.config import EngineConfig
+from trtllm_core.errors import BackendError
+from trtllm_core.plugin import Capabilities, Executable, TensorSpec
+from trtllm_core.plugin.kv_policy import Edits, KVPlan
+
+
+def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
+    """Inputs and outputs of the packed, paged contract."""
+    build = config.build
+    blocks = -(-build.max_seq_len // build.tokens_per_block)
+    tokens, rows, asked = build.max_num_tokens, build.max_batch_size * build.max_beam_width, build.max_num_tokens
+
+    def vector(name: str, dtype: str, symbol: str, most: int) -> TensorSpec:
+        return TensorSpec(name, dtype, (symbol,), True, (1,), (most,))
+
+    return (
+        vector("input_ids", "int32", "tokens", tokens),
+        vector("position_ids", "int64", "tokens", tokens),
+        vector("query_lengths", "int32", "rows", rows),
+        vector("past_lengths", "int32", "rows", rows),
+        TensorSpec("block_tables", "int32", ("rows", "blocks"), True, (1, 1), (rows, blocks)),
+        vector("logits_indices", "int64", "asked", asked),
+        TensorSpec("logits", "float32", ("asked", config.vocab_size_padded), False),
+    )
+
+
+class TorchExecutable(Executable):
+    """Runs a family's module over packed rows and a paged pool.
+
+    Inputs: ``input_ids`` and ``position_ids`` ``[tokens]``, the rows' tokens one after another; ``query_lengths`` and
+    ``past_lengths`` ``[rows]``, tokens of this call and tokens cached before it; ``block_tables [rows, blocks]``;
+    ``logits_indices [asked]``, the tokens whose logits are wanted. Output: ``logits [asked, vocab_size_padded]``.
+    """
+
+    def __init__(
+        self, config: EngineConfig, module: nn.Module, device: torch.device, batch_invariant: bool = False
+    ) -> None:
+        self.config = config
+        self.module: Any = module
+        self.device = device
+        self.tensors = tensor_specs(config)
+        self.capabilities = Capabilities(
+            contract="packed_paged",
+            dtypes=("float32", "bfloat16", "float16"),
+            multi_position=True,
+            batch_invariant=batch_invariant,
+        )
+        self._context = InvariantContext if batch_invariant else PagedContext
+        self._pool: KVPool | None = None
+
+    def allocate_kv(self, plan: KVPlan) -> int:
+        """See ``Executable``."""
+        if plan.window is not None:
+            raise BackendError("the torch backend does not run cyclic KV caches: leave max_attention_window out")
+        self._pool = None  # so that the old pool is gone before the new one is there
+        self._pool = KVPool(plan, getattr(torch, plan.model.dtype), self.device)
+        return self._pool.bytes
+
+    def edit_kv(self, edits: Edits) -> None:
+        """See ``Executable``."""
+        self._require_pool().edit(edits)
+
+    @torch.inference_mode()
+    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors."""
+        pool = self._require_pool()
+        batch = PackedBatch(inputs, pool.plan, self.device)
+        positions = inputs["position_ids"].to(self.device, non_blocking=True)
+        context = self._context(batch, pool, positions)
+        hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
+        asked = inputs["logits_indices"]
+        if not _is_all(asked, hidden.shape[0]):
+            hidden = hidden[asked.to(self.device, non_blocking=True)]
+        if asked.shape[0]:
+            outputs["logits"].copy_(self.module.logits(hidden))
+
+    def weight_bytes(self) -> int:
+        """See ``Executable``."""
+        return sum(parameter.nbytes for parameter in self.module.parameters())
+
+    def _require_pool(self) -> KVPool:
+        if self._pool is None:
+            raise BackendError("the engine has no KV cache yet: call allocate_kv (GenerationSession.setup) first")
+        return self._pool
+
+
+def _is_all(asked: torch.Tensor, tokens: int) -> bool:
+    """Whether every token is asked for, in order: the common case of a decode step, which needs no gathering."""
+    if asked.shape[0] != tokens or asked.device.type != "cpu":
+        return False
+    return bool((host(asked) == np.arange(tokens)).all())

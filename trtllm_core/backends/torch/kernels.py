@@ -1,0 +1,83 @@
+"""Which matrix product and activation the layers use, chosen once when an engine is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from trtllm_core.nn import GatedMLP, Linear
+from trtllm_core.nn.linear import MatMul
+
+INVARIANT_TILE = 8
+"""Rows of one tile in batch-invariant mode."""
+
+WIDEN_FROM = 4
+"""Rows from which ``widened_linear`` goes through float32."""
+
+WIDEN_PIECE = 1024
+"""Rows of a weight that it converts at a time."""
+INVARIANT_ELEMENTS = 16384
+"""Elements of one elementwise call in batch-invariant mode: few enough that PyTorch runs it on one thread."""
+
+
+def choose_kernels(module: nn.Module, device: torch.device, dtype: torch.dtype, batch_invariant: bool) -> None:
+    """Give every ``Linear`` of the module the kernel that suits the machine."""
+    kernel = invariant_linear if batch_invariant else _fastest(device, dtype)
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.matmul = kernel
+        elif batch_invariant and isinstance(layer, GatedMLP):
+            layer.activation = invariant_rows(layer.activation)
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> MatMul:
+    slow_half = (
+        device.type == "cpu" and dtype != torch.float32 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    )
+    return widened_linear if slow_half else functional.linear
+
+
+def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """For CPUs without half-precision matrix instructions: products of several rows go through float32.
+
+    There, PyTorch's own half-precision product takes as long for each row as for the first, so that from a few
+    rows on even converting the weight every time is cheaper (AVX2: 3 times at 8 rows, 6 times at 512). It is
+    converted piece by piece, so that a piece stays in the cache between its conversion and its use.
+    """
+    if x.numel() < WIDEN_FROM * x.shape[-1]:
+        return functional.linear(x, weight, bias)
+    wide = x.float()
+    parts = [functional.linear(wide, piece.float()).to(x.dtype) for piece in torch.split(weight, WIDEN_PIECE)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return out if bias is None else out + bias
+
+
+def invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Every row goes through a product of exactly ``INVARIANT_TILE`` rows, padded with zeros.
+
+    A library chooses its kernel, and with it the order of the sum, by the shape; with one shape there is one order.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    rows = functional.pad(rows, (0, 0, 0, -count % INVARIANT_TILE))
+    tiles = [functional.linear(tile, weight, bias) for tile in torch.split(rows, INVARIANT_TILE)]
+    return torch.cat(tiles)[:count].view(*x.shape[:-1], weight.shape[0])
+
+
+def invariant_rows(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An elementwise function whose result for an element does not depend on where in the tensor it stands.
+
+    PyTorch computes silu and gelu with vectors, but the elements that are left over at the end of a thread's share
+    with the scalar library, which rounds differently. Rows padded to whole vectors, on one thread, leave none over.
+    """
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        rows = functional.pad(x.reshape(-1, width), (0, -width % 64))
+        tiles = [function(tile) for tile in torch.split(rows, max(1, INVARIANT_ELEMENTS // rows.shape[1]))]
+        return torch.cat(tiles)[:, :width].view(x.shape)
+
+    return apply

@@ -1,0 +1,111 @@
+"""``trtllm-core explain``: what a request would use, in which order, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trtllm_core.cli.console import print_facts, print_json, print_table, stdout
+from trtllm_core.cli.options import SamplingOptions, takes
+
+if TYPE_CHECKING:
+    from trtllm_core.config import EngineConfig, SamplingConfig
+    from trtllm_core.decoding.plan import Plan, PlanItem
+    from trtllm_core.plugin import Plugins
+
+
+@takes(sampling=SamplingOptions)
+def explain(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine that `trtllm-core build` made.")],
+    sampling: SamplingOptions,
+    kv_policy: Annotated[str, typer.Option(help="Who would manage the KV cache.")] = "paged",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Explain a request's pipeline: order, providers, who honours each field, what was left out. Loads no weights."""
+    from trtllm_core.decoding.plan import Planner
+    from trtllm_core.engine.directory import TOKENIZER, read_config
+    from trtllm_core.plugin import Plugins
+
+    config, plugins, request = read_config(engine), Plugins.load(), sampling.config()
+    offers = frozenset({"text"}) if (engine / TOKENIZER).is_file() else frozenset()
+    plan = Planner(plugins, offers).plan(request)
+    facts = engine_facts(config, plugins, kv_policy)
+    if as_json:
+        print_json({"engine": facts, **plan_record(plan, request)})
+        return
+    print_facts([(name.replace("_", " "), str(value)) for name, value in facts.items()])
+    headers = ("order", "plugin", "kind", "phase", "runs on", "from", "fields")
+    rows = [_cells(number, item) for number, item in enumerate(map(_record, plan.items), 1)]
+    stdout().print()
+    print_table(headers, rows)
+    _print_fields(plan, request)
+
+
+def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str) -> dict[str, Any]:
+    """What an engine is, and who provides its parts.
+
+    Raises:
+        PluginNotFoundError: there is no such KV policy.
+    """
+    build = config.build
+    policy = plugins.kv_policies.get(kv_policy, plugins.missing_hint("kv_policy", kv_policy))
+    family, backend = config.family, config.backend
+    return {
+        "family": f"{family.name} ({family.distribution} {family.version})",
+        "backend": f"{backend.name} ({backend.distribution} {backend.version}), {config.contract}",
+        "built_by": f"trtllm-core {config.core_version} from {config.source}",
+        "dtype": config.model.dtype,
+        "kv_dtype": config.kv_dtype,
+        "limits": f"{build.max_batch_size} sequences of {build.max_seq_len} tokens, prompts of {build.max_input_len}, "
+        f"{build.max_num_tokens} tokens a step",
+        "ranks": build.tp_size,
+        "kv_policy": f"{policy.name} ({policy.source}), blocks of {build.tokens_per_block} tokens",
+    }
+
+
+def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
+    """A plan for ``--json``."""
+    return {
+        "hash": plan.digest(),
+        "pipeline": [_record(item) for item in plan.items],
+        "asked": {name: request.model_dump(mode="json")[name] for name in sorted(request.asked())},
+        "consumers": {name: list(names) for name, names in sorted(plan.consumers.items())},
+        "notes": list(plan.notes),
+    }
+
+
+def _record(item: PlanItem) -> dict[str, Any]:
+    from trtllm_core.plugin import Decoder, HostLogitsProcessor, HostStoppingCriterion, LogitsProcessor, Sampler
+
+    plugin = item.plugin
+    kinds = {LogitsProcessor: "logits processor", Sampler: "sampler", Decoder: "decoder"}
+    kind = next((name for base, name in kinds.items() if isinstance(plugin, base)), "stopping criterion")
+    phase = plugin.phase.value if isinstance(plugin, LogitsProcessor) else None
+    return {
+        "name": item.name,
+        "kind": kind,
+        "phase": phase,
+        "runs_on": "host" if isinstance(plugin, (HostLogitsProcessor, HostStoppingCriterion)) else "device",
+        "source": item.source,
+        "consumes": sorted(item.consumes),
+        "params": None if item.params is None else repr(item.params),
+    }
+
+
+def _cells(number: int, record: dict[str, Any]) -> tuple[str, ...]:
+    name = record["name"] + (f"\n{record['params']}" if record["params"] else "")
+    fields = ", ".join(record["consumes"])
+    return (str(number), name, record["kind"], record["phase"] or "", record["runs_on"], record["source"], fields)
+
+
+def _print_fields(plan: Plan, request: SamplingConfig) -> None:
+    """Who honours what was set, what was left out, and the hash of it all."""
+    lines = [
+        (f"{name} = {getattr(request, name)!r}", "honoured by " + ", ".join(plan.consumers[name]))
+        for name in sorted(request.asked())
+        if name in plan.consumers
+    ]
+    lines += [("note", note) for note in plan.notes]
+    print_facts([*lines, ("plan hash", plan.digest())])

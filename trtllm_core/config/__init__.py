@@ -1,0 +1,31 @@
+"""All configs: frozen pydantic models that refuse unknown fields. Imports no torch."""
+
+from trtllm_core.config.base import Config
+from trtllm_core.config.engine import (
+    FORMAT_VERSION,
+    BuildConfig,
+    EngineConfig,
+    KVCacheConfig,
+    Provider,
+    RankFile,
+)
+from trtllm_core.config.mapping import Mapping, WorldConfig
+from trtllm_core.config.model import DType, ModelConfig
+from trtllm_core.config.sampling import PluginUse, SamplingConfig, use
+
+__all__ = [
+    "FORMAT_VERSION",
+    "BuildConfig",
+    "Config",
+    "DType",
+    "EngineConfig",
+    "KVCacheConfig",
+    "Mapping",
+    "ModelConfig",
+    "PluginUse",
+    "Provider",
+    "RankFile",
+    "SamplingConfig",
+    "WorldConfig",
+    "use",
+]

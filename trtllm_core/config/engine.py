@@ -1,0 +1,96 @@
+"""How an engine is built, and what its ``config.json`` records."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trtllm_core.config.base import Config
+from trtllm_core.config.model import DType, ModelConfig
+
+FORMAT_VERSION = 1
+"""Version of the engine directory's layout. Raised when an older core could misread a newer engine."""
+
+Contract = Literal["packed_paged", "padded_linear"]
+
+
+class BuildConfig(Config):
+    """Limits and choices of one build. Sizes are in tokens."""
+
+    backend: str = "torch"
+    dtype: DType | None = Field(default=None, description="None keeps the checkpoint's own floating-point type")
+    kv_dtype: DType | None = Field(default=None, description="None is the engine's dtype")
+    max_batch_size: int = Field(default=8, ge=1, le=65536)
+    max_input_len: int = Field(default=1024, ge=1)
+    max_seq_len: int = Field(default=2048, ge=2, description="prompt and generated tokens together")
+    max_num_tokens: int = Field(default=4096, ge=1, description="most tokens that one step may run")
+    max_beam_width: int = Field(default=1, ge=1, le=64)
+    tokens_per_block: int = Field(default=64, ge=1, le=1024)
+    tp_size: int = Field(default=1, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict, description="validated by the backend")
+
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        if self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len ({self.max_input_len}) must be below max_seq_len ({self.max_seq_len}), "
+                "or no token could be generated"
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be at least max_batch_size ({self.max_batch_size})"
+            )
+        return self
+
+
+class Provider(Config):
+    """Who provided a part of an engine: a registered name, and the distribution that it came from."""
+
+    name: str
+    distribution: str
+    version: str
+
+
+class RankFile(Config):
+    """One rank's weights on disk."""
+
+    name: str
+    bytes: int = Field(ge=0)
+
+
+class EngineConfig(Config):
+    """``config.json`` of an engine directory: all that must be known, and checked, before weights are touched."""
+
+    format_version: int = FORMAT_VERSION
+    core_version: str
+    family: Provider
+    backend: Provider
+    contract: Contract
+    model: ModelConfig
+    build: BuildConfig
+    ranks: tuple[RankFile, ...] = ()
+    quantization: dict[str, Any] | None = None
+    source: str = Field(default="", description="what it was built from, for people")
+    source_digest: str = Field(default="", description="fingerprint of the checkpoint's files")
+
+    @property
+    def kv_dtype(self) -> DType:
+        """Type of the cached keys and values."""
+        return self.build.kv_dtype or self.model.dtype
+
+    @property
+    def vocab_size_padded(self) -> int:
+        """Vocabulary rounded up to a multiple of the tensor-parallel size, as the logits have it."""
+        size = self.build.tp_size
+        return -(-self.model.vocab_size // size) * size
+
+
+class KVCacheConfig(Config):
+    """How much room the KV cache takes, and who manages it."""
+
+    policy: str = Field(default="paged", description="a registered KV allocation policy")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of room; None holds max_batch_size sequences of max_seq_len"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="validated by the policy")

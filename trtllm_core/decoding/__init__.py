@@ -1,0 +1,1 @@
+"""Choosing tokens: slots, plans, the logits pipeline, samplers, stopping."""

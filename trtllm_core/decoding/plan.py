@@ -1,0 +1,211 @@
+"""Plans: which plugins a request uses, in which order, and who honours each field that it set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trtllm_core.config import PluginUse, SamplingConfig
+from trtllm_core.decoding.order import ordered
+from trtllm_core.errors import ConfigError, PluginContractError, PluginError, PluginRuntimeError, listing
+from trtllm_core.plugin import BranchView, Decoder, LogitsProcessor, Plugins, Sampler, StoppingCriterion
+from trtllm_core.plugin.lifecycle import SlotPlugin
+from trtllm_core.plugin.registrar import Entry, Registry
+
+CORE_FIELDS = frozenset(
+    {
+        "pad_id",
+        "output_sequence_lengths",
+        "return_dict",
+        "output_cum_log_probs",
+        "output_log_probs",
+        "decoder",
+        "logits_processors",
+        "stopping_criteria",
+    }
+)
+"""Fields of SamplingConfig that the generation loop honours itself."""
+
+UNUSED = ((LogitsProcessor, "companions"), (Decoder, "plan"), (Decoder, "propose"), (Decoder, "finalize"))
+"""Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """One plugin of a plan."""
+
+    name: str
+    plugin: SlotPlugin
+    source: str
+    """The distribution and version that it came from, or where it was passed in."""
+    key: object
+    """Plans that use the same plugin share this, and with it one object and its state."""
+    rank: int
+    """Order of registration, which decides where nothing else does."""
+    consumes: frozenset[str] = frozenset()
+    params: Any = None
+
+    def view(self, view: BranchView) -> BranchView:
+        """What this plugin is shown of a branch: the view with its own parameters."""
+        return replace(view, params=self.params)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one request uses. ``notes`` says what was left out, and why."""
+
+    decoder: PlanItem
+    processors: tuple[PlanItem, ...]
+    criteria: tuple[PlanItem, ...]
+    consumers: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+    log_probs: bool = False
+
+    @property
+    def items(self) -> tuple[PlanItem, ...]:
+        """All plugins, in the order in which a step calls them."""
+        return (*self.processors, self.decoder, *self.criteria)
+
+    def digest(self) -> str:
+        """SHA-256 over names, sources, order and parameters: equal on all ranks that do the same."""
+        parts = [[item.name, item.source, repr(item.params)] for item in self.items]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass
+class Planner:
+    """Resolves plans for one session, whose plugin objects it owns: one of a kind and name, for all requests."""
+
+    plugins: Plugins
+    offers: frozenset[str] = frozenset()
+    """What backend, loop and engine can give a plugin: see the plugins' ``needs``."""
+    _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
+
+    def plan(
+        self,
+        sampling: SamplingConfig,
+        processors: Sequence[LogitsProcessor] = (),
+        criteria: Sequence[StoppingCriterion] = (),
+    ) -> Plan:
+        """The plan of a request; ``processors`` and ``criteria`` are objects that the user passed in.
+
+        Raises:
+            ConfigError: a field that nobody honours, a wish that this session cannot meet, an order that
+                contradicts itself, or parameters that a plugin refuses.
+            PluginError: a plugin that is not there or cannot be made.
+        """
+        decoder = self._decoder(sampling)
+        chosen = self._chosen("logits_processor", sampling, sampling.logits_processors, processors, LogitsProcessor)
+        stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
+        consumers = _consumers(sampling, [*chosen, decoder, *stops])
+        self._check_honoured(sampling, consumers)
+        log_probs = sampling.output_log_probs or sampling.output_cum_log_probs
+        notes = []
+        if decoder.plugin.capabilities.greedy and not log_probs:  # type: ignore[attr-defined]
+            idle = [item for item in chosen if item.plugin.capabilities.argmax_invariant]  # type: ignore[attr-defined]
+            notes = [f"{item.name}: left out, it cannot change which logit is largest" for item in idle]
+            chosen = [item for item in chosen if item not in idle]
+        for item in (decoder, *chosen, *stops):
+            missing = item.plugin.capabilities.needs - self.offers  # type: ignore[attr-defined]
+            missing |= {name for base, name in UNUSED if _overrides(item.plugin, base, name)}
+            if missing:
+                raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
+        return Plan(decoder, tuple(ordered(chosen)), tuple(stops), consumers, tuple(notes), log_probs)
+
+    def _decoder(self, sampling: SamplingConfig) -> PlanItem:
+        use = sampling.decoder
+        if use is None:
+            greedy = sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
+            use = PluginUse(name="greedy" if greedy else "top_k_top_p")
+        return self._item("decoder", self.plugins.decoders, use, (Sampler, Decoder))
+
+    def _chosen(
+        self, kind: str, sampling: SamplingConfig, uses: Sequence[PluginUse], objects: Sequence[Any], base: type
+    ) -> list[PlanItem]:
+        registry: Registry[Any] = getattr(
+            self.plugins, {"logits_processor": "logits_processors"}.get(kind, "stopping_criteria")
+        )
+        named = {use.name for use in uses}
+        automatic = [
+            PluginUse(name=entry.name)
+            for entry in registry
+            if entry.name not in named and any(getattr(sampling, f) != v for f, v in entry.consumes.items())
+        ]
+        items = [self._item(kind, registry, use, (base,)) for use in (*automatic, *uses)]
+        for number, thing in enumerate(objects):
+            _check_kind(type(thing).__name__, thing, (base,), kind)
+            rank = len(list(registry)) + number
+            items.append(PlanItem(type(thing).__name__, thing, "passed to generate", id(thing), rank))
+        return items
+
+    def _item(self, kind: str, registry: Registry[Any], use: PluginUse, bases: tuple[type, ...]) -> PlanItem:
+        entry = registry.get(use.name, self.plugins.missing_hint(kind, use.name))
+        key = (kind, entry.name)
+        if key not in self._objects:
+            self._objects[key] = _make(entry, bases, kind)
+        plugin = self._objects[key]
+        rank = [other.name for other in registry].index(entry.name)
+        return PlanItem(
+            entry.name, plugin, str(entry.source), key, rank, frozenset(entry.consumes), _params(plugin, use)
+        )
+
+    def _check_honoured(self, sampling: SamplingConfig, consumers: Mapping[str, tuple[str, ...]]) -> None:
+        """Nothing is dropped silently: every field that was set needs somebody who honours it."""
+        registries = (self.plugins.decoders, self.plugins.logits_processors, self.plugins.stopping_criteria)
+        ignored = []
+        for name in sorted(sampling.asked() - consumers.keys()):
+            value = getattr(sampling, name)
+            able = [entry for registry in registries for entry in registry if name in entry.consumes]
+            if any(entry.consumes[name] == value for entry in able if entry.consumes[name] is not None):
+                continue  # set to the value that turns its plugin off
+            who = f"plugin {listing(entry.name for entry in able)} would" if able else "no installed plugin does"
+            ignored.append(f"{name}={value!r} ({who})")
+        if ignored:
+            raise ConfigError(f"nothing in this request's plan honours {'; '.join(ignored)}")
+
+
+def _make(entry: Entry[Any], bases: tuple[type, ...], kind: str) -> SlotPlugin:
+    factory = entry.load()
+    try:
+        thing = factory()
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginRuntimeError(
+            f"{entry.name!r} of {entry.source} could not be made: {type(error).__name__}: {error}"
+        ) from error
+    _check_kind(entry.name, thing, bases, kind)
+    return thing  # type: ignore[no-any-return]
+
+
+def _check_kind(name: str, thing: object, bases: tuple[type, ...], kind: str) -> None:
+    if not isinstance(thing, bases):
+        wanted = " or ".join(base.__name__ for base in bases)
+        raise PluginContractError(f"{kind.replace('_', ' ')} {name!r} is a {type(thing).__name__}, not a {wanted}")
+
+
+def _overrides(plugin: SlotPlugin, base: type, name: str) -> bool:
+    return isinstance(plugin, base) and getattr(type(plugin), name) is not getattr(base, name)
+
+
+def _params(plugin: SlotPlugin, use: PluginUse) -> Any:
+    if plugin.Params is None:
+        if use.params:
+            raise ConfigError(f"plugin {use.name!r} takes no parameters, but was given {listing(use.params)}")
+        return None
+    try:
+        return plugin.Params(**use.params)
+    except ValueError as error:
+        raise ConfigError(f"plugin {use.name!r}: {error}") from error
+
+
+def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str, tuple[str, ...]]:
+    """Who honours each field that was set or that a plugin of the plan reads."""
+    consumers: dict[str, tuple[str, ...]] = dict.fromkeys(sampling.asked() & CORE_FIELDS, ("core",))
+    for item in items:
+        for name in item.consumes:
+            consumers[name] = (*consumers.get(name, ()), item.name)
+    return consumers

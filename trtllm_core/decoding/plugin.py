@@ -1,0 +1,57 @@
+"""The built-in samplers, logits processors and stopping criteria, registered as any plugin registers its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_core.plugin.markers import hookimpl
+
+if TYPE_CHECKING:
+    from trtllm_core.plugin.registrar import (
+        DecoderRegistrar,
+        LogitsProcessorRegistrar,
+        StoppingCriterionRegistrar,
+    )
+
+hook_api = ["decoder>=1.0,<2", "logits_processor>=1.0,<2", "stopping_criterion>=1.0,<2"]
+
+_HERE = "trtllm_core.decoding"
+
+
+@hookimpl
+def trtllm_register_decoders(registrar: DecoderRegistrar) -> None:
+    """Register the samplers."""
+    # A greedy choice is the plan's for top_k = 1, for temperature = 0 and for top_k = top_p = 0: it honours all three.
+    registrar.add("greedy", f"{_HERE}.samplers:Greedy", consumes=("top_k", "top_p", "temperature", "random_seed"))
+    registrar.add("top_k_top_p", f"{_HERE}.samplers:TopKTopP", consumes=("top_k", "top_p", "random_seed"))
+
+
+@hookimpl
+def trtllm_register_logits_processors(registrar: LogitsProcessorRegistrar) -> None:
+    """Register the processors, in the order of the ``trtllm`` preset."""
+    registrar.add("embedding_bias", f"{_HERE}.processors:EmbeddingBias", consumes={"embedding_bias": None})
+    registrar.add("temperature", f"{_HERE}.processors:Temperature", consumes={"temperature": 1.0})
+    registrar.add(
+        "penalties",
+        f"{_HERE}.penalties:Penalties",
+        consumes={
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "prompt_ignore_length": 0,
+        },
+    )
+    registrar.add("min_length", f"{_HERE}.processors:MinLength", consumes={"min_length": 0})
+    registrar.add("no_repeat_ngram", f"{_HERE}.bans:NoRepeatNgram", consumes={"no_repeat_ngram_size": 0})
+    registrar.add("bad_words", f"{_HERE}.bans:BadWords", consumes={"bad_words_list": ()})
+    registrar.add("min_p", f"{_HERE}.processors:MinP", consumes={"min_p": 0.0})
+
+
+@hookimpl
+def trtllm_register_stopping_criteria(registrar: StoppingCriterionRegistrar) -> None:
+    """Register the criteria."""
+    registrar.add("end_id", f"{_HERE}.criteria:EndId", consumes={"end_id": ()})
+    registrar.add("stop_words", f"{_HERE}.stop_words:StopWords", consumes={"stop_words_list": ()})
+    registrar.add("stop_strings", f"{_HERE}.stop_strings:StopStrings", consumes={"stop_strings": ()})
+    # There is no number of new tokens at which the limit is not needed.
+    registrar.add("max_tokens", f"{_HERE}.criteria:MaxTokens", consumes={"max_new_tokens": None})

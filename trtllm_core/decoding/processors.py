@@ -1,0 +1,131 @@
+"""Logits processors that look at no text: a bias on chosen tokens, temperature, min-p, and a minimum length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+
+from trtllm_core.decoding.bans import lower
+from trtllm_core.decoding.history import generated
+from trtllm_core.decoding.state import SlotTable, copy_slots, per_row
+from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
+
+if TYPE_CHECKING:
+    from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
+
+
+class EmbeddingBias(DeviceLogitsProcessor):
+    """``x[token] += bias`` for the tokens of ``embedding_bias``."""
+
+    phase = Phase.BIAS
+    capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+
+    _tokens: SlotTable
+    _biases: SlotTable
+
+    def setup(self, context: DecodingContext) -> None:
+        self._vocab_size = context.vocab_size
+        self._tokens = SlotTable(context.slots, context.device, fill=0)
+        self._biases = SlotTable(context.slots, context.device, fill=0.0, dtype=torch.float32)
+
+    @property
+    def graph_key(self) -> Hashable:
+        return self._tokens.shape
+
+    def begin(self, slot: int, view: BranchView) -> None:
+        bias = view.sampling.embedding_bias or {}
+        if wrong := [token for token in bias if not 0 <= token < self._vocab_size]:
+            raise ConfigError(f"embedding_bias: token {wrong[0]} is not in the vocabulary of {self._vocab_size} tokens")
+        self._tokens.write(slot, list(bias.keys()))
+        self._biases.write(slot, list(bias.values()))
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        # Padding adds 0 to token 0.
+        biases = torch.where(batch.active.unsqueeze(1), self._biases.rows[batch.slot], 0.0)
+        logits.scatter_add_(1, self._tokens.rows[batch.slot], biases)
+
+    def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        copy_slots(src, dst, self._tokens.rows, self._biases.rows)
+
+
+class Temperature(DeviceLogitsProcessor):
+    """``x · 1 / (temperature + 1e-6)``, the classic runtime's formula.
+
+    A temperature of 0 means a greedy choice, which is the plan's to make: here it only scales by a million.
+    """
+
+    phase = Phase.TEMPERATURE
+    capabilities = LogitsCapabilities(argmax_invariant=True, speculation="per_position", graph_safe=True)
+
+    _scale: torch.Tensor
+
+    def setup(self, context: DecodingContext) -> None:
+        self._scale = torch.ones(context.slots, device=context.device)
+
+    def begin(self, slot: int, view: BranchView) -> None:
+        self._scale[slot] = 1.0 / (view.sampling.temperature + 1e-6)
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        logits.mul_(per_row(self._scale, batch, neutral=1.0))
+
+    def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        copy_slots(src, dst, self._scale)
+
+
+class MinP(DeviceLogitsProcessor):
+    """Drops the tokens whose probability is below ``min_p`` times that of the likeliest one.
+
+    ``p_i < min_p · p_max`` is ``x_i < x_max + ln(min_p)``: no softmax is needed.
+    """
+
+    phase = Phase.TRUNCATION
+    capabilities = LogitsCapabilities(argmax_invariant=True, speculation="per_position", graph_safe=True)
+
+    _log_min_p: torch.Tensor
+
+    def setup(self, context: DecodingContext) -> None:
+        self._log_min_p = torch.full((context.slots,), -math.inf, device=context.device)
+
+    def begin(self, slot: int, view: BranchView) -> None:
+        min_p = view.sampling.min_p
+        self._log_min_p[slot] = math.log(min_p) if min_p > 0 else -math.inf
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        least = logits.amax(dim=1, keepdim=True) + per_row(self._log_min_p, batch, neutral=-math.inf)
+        logits.masked_fill_(logits < least, -math.inf)
+
+    def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        copy_slots(src, dst, self._log_min_p)
+
+
+class MinLength(DeviceLogitsProcessor):
+    """Lowers all end tokens to -FLT_MAX while fewer than ``min_length`` tokens are generated. Stop words stay."""
+
+    phase = Phase.CONSTRAINT
+    capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+
+    _min_length: torch.Tensor
+    _end_ids: SlotTable
+
+    def setup(self, context: DecodingContext) -> None:
+        self._min_length = torch.zeros(context.slots, dtype=torch.int64, device=context.device)
+        self._end_ids = SlotTable(context.slots, context.device, fill=-1)
+
+    @property
+    def graph_key(self) -> Hashable:
+        return self._end_ids.shape
+
+    def begin(self, slot: int, view: BranchView) -> None:
+        self._min_length[slot] = view.sampling.min_length
+        self._end_ids.write(slot, view.end_ids)
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        early = generated(batch).unsqueeze(1) < per_row(self._min_length, batch, neutral=0)
+        lower(logits, self._end_ids.rows[batch.slot], early, torch.finfo(logits.dtype).min)
+
+    def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        copy_slots(src, dst, self._min_length, self._end_ids.rows)

@@ -1,0 +1,113 @@
+"""The slots: history and length of every live branch, on the device and on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from trtllm_core.plugin import DecodingContext
+
+
+class Slots:
+    """Tokens, lengths and random keys, indexed by slot. On the CPU the host's arrays and the tensors are one memory.
+
+    The host's copy follows the device's when a step's tokens have come back: see ``commit`` and ``record``.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        max_seq_len: int,
+        vocab_size: int,
+        vocab_size_padded: int,
+        device: torch.device,
+        text: Callable[[Sequence[int]], bytes] | None = None,
+    ) -> None:
+        self.tokens = np.zeros((count, max_seq_len), np.int32)
+        """int32 ``[slots, max_seq_len]``: prompt and committed tokens."""
+        self.lengths = np.zeros(count, np.int64)
+        """int64 ``[slots]``: tokens of each slot."""
+        self._shared = device.type == "cpu"
+        self._free = list(range(count - 1, -1, -1))
+        self.context = DecodingContext(
+            slots=count,
+            max_seq_len=max_seq_len,
+            vocab_size=vocab_size,
+            vocab_size_padded=vocab_size_padded,
+            device=device,
+            tokens=torch.from_numpy(self.tokens).to(device),
+            lengths=torch.from_numpy(self.lengths).to(device),
+            prompt_lengths=torch.zeros(count, dtype=torch.int64, device=device),
+            seeds=torch.zeros(count, dtype=torch.int64, device=device),
+            text=text,
+        )
+
+    @property
+    def free(self) -> int:
+        """Slots that hold no branch."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free slot; the lowest, so that a small batch stays close together."""
+        return self._free.pop()
+
+    def give(self, slot: int) -> None:
+        """The slot is free again."""
+        self._free.append(slot)
+        self._free.sort(reverse=True)
+
+    def begin(self, slot: int, prompt: Sequence[int], key: int) -> None:
+        """A branch starts with ``prompt``; ``key`` is that of its random numbers."""
+        n = len(prompt)
+        self.tokens[slot, :n] = prompt
+        self.lengths[slot] = n
+        context = self.context
+        if not self._shared:
+            context.tokens[slot, :n] = torch.from_numpy(self.tokens[slot, :n]).to(context.device)
+            context.lengths[slot] = n
+        context.prompt_lengths[slot] = n
+        context.seeds[slot] = key
+
+    def commit(self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        """Append ``tokens [n, k]``, of each row the first ``counts``, on the device. Fixed shapes, no sync."""
+        context = self.context
+        lengths = context.lengths[slot]
+        for j in range(tokens.shape[1]):
+            # A row without a j-th token writes back what is there, so that shapes never depend on the data.
+            at = (lengths + j).clamp_(max=context.max_seq_len - 1)
+            new = torch.where(j < counts, tokens[:, j].to(torch.int32), context.tokens[slot, at])
+            context.tokens.index_put_((slot, at), new)
+        context.lengths.index_put_((slot,), lengths + counts)
+
+    def record(self, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
+        """The same on the host, once the tokens are known there: ``tokens [n, k]``, ``counts [n]``."""
+        if self._shared:
+            return
+        for slot, row, n in zip(slots, tokens, counts, strict=True):
+            length = self.lengths[slot]
+            self.tokens[slot, length : length + n] = row[:n]
+            self.lengths[slot] += n
+
+    def rewind(self, slot: int, n: int) -> None:
+        """Take back the last ``n`` tokens. They stay readable behind the length until others are written."""
+        self.lengths[slot] -= n
+        if not self._shared:
+            self.context.lengths[slot] -= n
+
+    def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Slots ``dst`` become copies of slots ``src``, all at the same time; random keys stay the slots' own."""
+        a, b = list(src), list(dst)
+        for array in (self.tokens, self.lengths):
+            array[b] = array[a]  # the right side is a copy before the left is written
+        context = self.context
+        tensors = (
+            [context.prompt_lengths] if self._shared else [context.prompt_lengths, context.tokens, context.lengths]
+        )
+        for tensor in tensors:
+            tensor[b] = tensor[a].clone()
+
+    def history(self, slot: int) -> list[int]:
+        """Prompt and committed tokens of a slot."""
+        return self.tokens[slot, : self.lengths[slot]].tolist()  # type: ignore[no-any-return]

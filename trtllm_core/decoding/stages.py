@@ -1,0 +1,185 @@
+"""Plugins at work: which slots use which, in what order, and what happens when one fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from trtllm_core.decoding.host import HostAdapter
+from trtllm_core.decoding.plan import PlanItem
+from trtllm_core.errors import PluginError, PluginRuntimeError
+from trtllm_core.plugin import BranchView, CommitBatch, DecodingContext
+from trtllm_core.plugin.lifecycle import SlotPlugin
+
+P = TypeVar("P", bound=SlotPlugin)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedRows:
+    """What a step committed, on the device and on the host."""
+
+    slot: torch.Tensor
+    """int64 ``[n]``."""
+    tokens: torch.Tensor
+    """int64 ``[n, k]``."""
+    counts: torch.Tensor
+    """int64 ``[n]``."""
+    slots: Sequence[int]
+    new: Sequence[Sequence[int]]
+    """The tokens of each slot, as lists."""
+
+    def batch(self, context: DecodingContext, flags: torch.Tensor) -> CommitBatch:
+        """What a device plugin is shown."""
+        return CommitBatch(context, self.slot, self.tokens, self.counts, flags[self.slot])
+
+
+class Stage(Generic[P]):
+    """One plugin of a session and the slots that use it."""
+
+    def __init__(self, item: PlanItem, plugin: P, context: DecodingContext) -> None:
+        self.item = item
+        self.name = item.name
+        self.plugin = plugin
+        self.flags = torch.zeros(context.slots, dtype=torch.bool, device=context.device)
+        """bool ``[slots]``: what ``members`` says, on the device."""
+        self.members: set[int] = set()
+        self.seconds = 0.0
+        """Host time spent in the plugin since the session began."""
+        self.error: PluginError | None = None
+
+    def call(self, function: Callable[..., R], *args: object) -> R:
+        """Call the plugin, take the time, and give what it raises its name.
+
+        Raises:
+            PluginError: chained to what the plugin raised.
+        """
+        start = time.perf_counter()
+        try:
+            return function(*args)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginRuntimeError(f"plugin {self.name!r} raised {type(error).__name__}: {error}") from error
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Stages(Generic[P]):
+    """All plugins of one kind in a session, in the order in which they run.
+
+    A plugin that raises fails the slots that use it, which ``failures`` collects, and nobody else.
+    """
+
+    def __init__(
+        self,
+        context: DecodingContext,
+        wrap: Callable[[Any], P],
+        order: Callable[[list[PlanItem]], list[PlanItem]] = list,
+    ) -> None:
+        self.context = context
+        self.live: list[Stage[P]] = []
+        """Stages that some slot uses, in order."""
+        self.failures: dict[int, PluginError] = {}
+        """Slot to what failed it, since ``take_failures``."""
+        self._all: dict[object, Stage[P]] = {}
+        self._of: dict[int, list[Stage[P]]] = {}
+        self._wrap = wrap
+        self._order = order
+
+    def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
+        """A branch starts with these plugins. All of them begin, or none is left behind.
+
+        Raises:
+            PluginError: one could not be made or raised.
+        """
+        self._of[view.slot] = []
+        try:
+            for item in items:
+                stage = self._stage(item)
+                stage.call(stage.plugin.begin, view.slot, item.view(view))
+                stage.members.add(view.slot)
+                stage.flags[view.slot] = True
+                self._of[view.slot].append(stage)
+        except PluginError:
+            self.end(view.slot)
+            raise
+        finally:
+            self._refresh()
+
+    def commit(self, rows: CommittedRows) -> None:
+        """Tokens were accepted."""
+        for stage in self.live:
+            try:
+                if isinstance(stage.plugin, HostAdapter):
+                    stage.call(stage.plugin.commit_rows, rows.slots, rows.new)
+                else:
+                    stage.call(stage.plugin.commit, rows.batch(self.context, stage.flags))
+            except PluginError as error:
+                self._fail(stage, error)
+
+    def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """The state of slots ``dst`` becomes that of slots ``src``, all at the same time. All have begun alike."""
+        device = self.context.device
+        for stage in self.live:
+            pairs = [(a, b) for a, b in zip(src, dst, strict=True) if a in stage.members]
+            if not pairs:
+                continue
+            assert all(b in stage.members for _, b in pairs), "a branch begins before it becomes a copy"
+            try:
+                if isinstance(stage.plugin, HostAdapter):
+                    stage.call(stage.plugin.fork_rows, *zip(*pairs, strict=True))
+                else:
+                    sides = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
+                    stage.call(stage.plugin.fork, *sides)
+            except PluginError as error:
+                self._fail(stage, error)
+
+    def rewind(self, slot: int, n: int) -> None:
+        """The last ``n`` tokens of a slot are taken back."""
+        for stage in self._of.get(slot, ()):
+            try:
+                stage.call(stage.plugin.rewind, slot, n)
+            except PluginError as error:
+                self._fail(stage, error)
+
+    def end(self, slot: int) -> None:
+        """The branch is over. What a plugin raises now can hurt nobody any more."""
+        for stage in self._of.pop(slot, []):
+            stage.members.discard(slot)
+            stage.flags[slot] = False
+            try:
+                stage.call(stage.plugin.end, slot)
+            except PluginError as error:
+                stage.error = error
+        self._refresh()
+
+    def take_failures(self) -> dict[int, PluginError]:
+        """The failures since the last call."""
+        failures, self.failures = self.failures, {}
+        return failures
+
+    def seconds(self) -> dict[str, float]:
+        """Host time by plugin since the session began."""
+        return {stage.name: stage.seconds for stage in self._all.values()}
+
+    def _fail(self, stage: Stage[P], error: PluginError) -> None:
+        stage.error = error
+        for slot in stage.members:
+            self.failures.setdefault(slot, error)
+
+    def _stage(self, item: PlanItem) -> Stage[P]:
+        stage = self._all.get(item.key)
+        if stage is None:
+            stage = Stage(item, self._wrap(item.plugin), self.context)
+            stage.call(stage.plugin.setup, self.context)
+            self._all[item.key] = stage
+        return stage
+
+    def _refresh(self) -> None:
+        live = {stage.item.key: stage for stage in self._all.values() if stage.members}
+        self.live = [live[item.key] for item in self._order([stage.item for stage in live.values()])]

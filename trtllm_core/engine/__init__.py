@@ -1,0 +1,1 @@
+"""Engines: building them, their directory on disk, and loading them."""

@@ -1,0 +1,268 @@
+"""``GenerationSession``: a static batch of sequences, generated to their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from trtllm_core.checkpoint import Tokenizer
+from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig
+from trtllm_core.decoding.branches import BranchTable
+from trtllm_core.decoding.detokenizer import TokenBytes
+from trtllm_core.decoding.plan import Plan, Planner
+from trtllm_core.decoding.request import Branch, Delta, Request
+from trtllm_core.engine.load import Serialized
+from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.kv_cache.making import make_cache
+from trtllm_core.loop import StepLoop
+from trtllm_core.outputs import BatchIds, GenerationOutput, batch_result, output_of
+from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
+from trtllm_core.plugin.observer import SessionStats
+from trtllm_core.properties import EngineProperties
+from trtllm_core.session import Session
+from trtllm_core.static_batch import StaticBatch
+
+
+class GenerationSession(EngineProperties):
+    """Generates for a static batch, over the same ``StepLoop`` that in-flight batching uses.
+
+    Finished sequences leave the batch at once and free their blocks; sequences that find no room wait for some.
+
+    Args:
+        model_config: what the engine must be of; None takes the engine's own.
+        engine_buffer: a rank's engine: path, mapping or bytes, or a ``Session``.
+        mapping: this rank's place; None is a world of one.
+        debug_mode: checks shapes, dtypes and NaN after every plugin.
+        kv_cache: policy and size of the KV cache.
+        plugins: where everything is looked up; None loads what is installed.
+        tokenizer: of the engine; needed by stop strings and text deltas.
+        end_ids: tokens that end a sequence where its SamplingConfig names none; None takes the tokenizer's.
+        options: the backend's own, such as ``device``.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig | None,
+        engine_buffer: Serialized | Session,
+        mapping: Mapping | None = None,
+        debug_mode: bool = False,
+        *,
+        kv_cache: KVCacheConfig | None = None,
+        plugins: Plugins | None = None,
+        tokenizer: Tokenizer | None = None,
+        end_ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.plugins = plugins or Plugins.load()
+        if not isinstance(engine_buffer, Session):
+            engine_buffer = Session.from_serialized_engine(engine_buffer, plugins=self.plugins, **options)
+        elif options:
+            raise ConfigError(f"the engine is loaded already: {', '.join(sorted(options))} came too late")
+        self.session = engine_buffer
+        if model_config is not None and model_config != self.config.model:
+            raise ConfigError("model_config is not that of the engine; pass None to take the engine's")
+        self.mapping = mapping or Mapping()
+        if self.mapping.tp_size != self.config.build.tp_size:
+            raise ConfigError(
+                f"the engine was built for tp_size {self.config.build.tp_size}, the mapping has {self.mapping.tp_size}"
+            )
+        self.tokenizer = tokenizer
+        self.debug_mode = debug_mode
+        self.kv_config = kv_cache or KVCacheConfig()
+        ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
+        token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
+        planner = Planner(self.plugins, frozenset() if token_bytes is None else frozenset({"text"}))
+        branches = BranchTable(self.config, self.device, planner, tuple(ends), token_bytes, debug_mode)
+        cache = make_cache(self.kv_config, self.session.engine, self.plugins)
+        self.loop = StepLoop(self.session, cache, branches, self.plugins)
+        self._batch = StaticBatch(self.loop)
+        self._shape: tuple[int, int, int] | None = None
+        self.plugins.on_session_start(self._stats())
+
+    # -- the classic calls ---------------------------------------------------------------------------------------
+
+    def setup(
+        self,
+        batch_size: int,
+        max_context_length: int,
+        max_new_tokens: int,
+        beam_width: int = 1,
+        max_attention_window_size: int | None = None,
+        sink_token_length: int | None = None,
+    ) -> None:
+        """Say what the next ``decode`` will be at most, and have it checked against the engine.
+
+        Raises:
+            CapacityError: the engine was not built for that much.
+            ConfigError: a window, sinks or beams, which the engine's cache and decoders do not offer.
+        """
+        build = self.config.build
+        if max_attention_window_size is not None or sink_token_length:
+            raise ConfigError(
+                "max_attention_window_size and sink_token_length are not honoured by the KV policy "
+                f"{self.kv_config.policy!r} on this backend"
+            )
+        for name, asked, most in (
+            ("batch_size", batch_size, build.max_batch_size),
+            ("max_context_length", max_context_length, build.max_input_len),
+            ("max_context_length + max_new_tokens", max_context_length + max_new_tokens, build.max_seq_len),
+            ("beam_width", beam_width, build.max_beam_width),
+        ):
+            if not 1 <= asked <= most:
+                raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
+        self._shape = (batch_size, max_context_length, max_new_tokens)
+
+    def decode(
+        self,
+        input_ids: torch.Tensor,
+        context_lengths: torch.Tensor,
+        sampling_config: SamplingConfig,
+        stop_words_list: Sequence[Sequence[int]] | None = None,
+        bad_words_list: Sequence[Sequence[int]] | None = None,
+        no_repeat_ngram_size: int | None = None,
+        streaming: bool = False,
+        output_sequence_lengths: bool = False,
+        return_dict: bool = False,
+        stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        full: bool = False,
+    ) -> Any:
+        """Generate for a batch, after ``setup``.
+
+        Args:
+            input_ids: integers, padded ``[batch, max_context_length]`` on the right, or packed ``[tokens]``.
+            context_lengths: integers ``[batch]``.
+            streaming: return an iterator; see ``decode_stream``.
+            full: with ``streaming``, the whole history after each step, as the classic runtime gave it.
+
+        Returns:
+            int32 ``[batch, 1, max_seq_len]`` of prompt and generated tokens, or with ``return_dict`` a dictionary
+            with ``output_ids``, ``sequence_lengths``, ``cum_log_probs``, ``log_probs``, ``finish_reasons`` and
+            ``outputs`` (a ``GenerationOutput`` each), the middle ones where they were asked for.
+
+        Raises:
+            ConfigError: ``setup`` was not called, or for less than this.
+        """
+        changes: dict[str, Any] = {
+            "stop_words_list": stop_words_list,
+            "bad_words_list": bad_words_list,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "output_sequence_lengths": output_sequence_lengths or None,
+            "return_dict": return_dict or None,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        sampling = sampling_config.replace(**changes) if changes else sampling_config
+        prompts = _unpack(input_ids, context_lengths)
+        self._check_setup(prompts, sampling)
+        return self.decode_batch(prompts, sampling, streaming, stopping_criteria, logits_processor, full=full)
+
+    def decode_batch(
+        self,
+        input_ids: Sequence[torch.Tensor] | Sequence[Sequence[int]],
+        sampling_config: SamplingConfig | Sequence[SamplingConfig],
+        streaming: bool = False,
+        stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        *,
+        full: bool = False,
+        text: bool = False,
+    ) -> Any:
+        """Generate for a list of prompts, with one SamplingConfig for all or one for each. Returns as ``decode``."""
+        requests = self._requests(input_ids, sampling_config, stopping_criteria, logits_processor, text)
+        if not streaming:
+            return self.decode_regular(requests)
+        return self._stream_full(requests) if full else self.decode_stream(requests)
+
+    def decode_regular(self, requests: Sequence[Request]) -> Any:
+        """Run requests to their ends. Returns as ``decode``."""
+        return batch_result(requests, self.outputs(requests), self.loop.branches.end_ids)
+
+    def decode_stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
+        """Run requests and yield what each step adds to each; ``request_id`` is the index in the batch."""
+        for deltas in self._batch.run(requests, {}):
+            yield from deltas
+
+    # -- the batch -----------------------------------------------------------------------------------------------
+
+    def explain(self, sampling_config: SamplingConfig) -> Plan:
+        """The plan that a request with this config would have."""
+        return self.loop.branches.planner.plan(sampling_config)
+
+    def outputs(self, requests: Sequence[Request]) -> list[GenerationOutput]:
+        """Run requests to their ends. One output each, in order."""
+        branches: dict[str, Branch] = {}
+        for _ in self._batch.run(requests, branches):
+            pass
+        seconds = self.loop.branches.plugin_seconds()
+        return [output_of(branches[request.request_id], seconds) for request in requests]
+
+    def close(self) -> None:
+        """Tell the observers that the session is over."""
+        self.plugins.on_session_end(self._stats())
+
+    def _requests(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        criteria: Any,
+        processors: Any,
+        text: bool,
+    ) -> list[Request]:
+        configs = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
+        if len(configs) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts need one SamplingConfig or {len(prompts)}, not {len(configs)}")
+        processors, criteria = _objects(processors, LogitsProcessor), _objects(criteria, StoppingCriterion)
+        requests = []
+        for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
+            tokens = prompt.reshape(-1).tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            self.check_prompt(tokens, config, f"prompt {i}")
+            requests.append(Request(str(i), tuple(tokens), config, processors, criteria, text))
+        return requests
+
+    def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
+        """The whole ``output_ids`` after each step that added something."""
+        batch = BatchIds(requests, self.loop.branches.end_ids)
+        for deltas in self._batch.run(requests, {}):
+            for delta in deltas:
+                batch.add(int(delta.request_id), delta.tokens)
+            if deltas:
+                yield batch.ids.clone()
+
+    def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+        if self._shape is None:
+            raise ConfigError("call setup(batch_size, max_context_length, max_new_tokens) before decode")
+        batch, context, new = self._shape
+        if len(prompts) != batch or max(map(len, prompts)) > context or sampling.max_new_tokens > new:
+            raise ConfigError(
+                f"setup was for {batch} sequences of up to {context} + {new} tokens; decode got {len(prompts)} of up "
+                f"to {max(map(len, prompts))} + {sampling.max_new_tokens}"
+            )
+
+    def _stats(self) -> SessionStats:
+        return SessionStats(
+            self.config.family.name,
+            self.config.backend.name,
+            self.config.build.max_batch_size,
+            self.loop.cache.plan.num_blocks,
+            self.loop.cache.bytes,
+            self.session.context_mem_size,
+        )
+
+
+def _unpack(input_ids: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
+    sizes = lengths.reshape(-1).tolist()
+    if input_ids.dim() == 1:
+        if input_ids.shape[0] != sum(sizes):
+            raise ConfigError(
+                f"packed input_ids has {input_ids.shape[0]} tokens; context_lengths add up to {sum(sizes)}"
+            )
+        return [part.tolist() for part in torch.split(input_ids, sizes)]
+    if input_ids.shape[0] != len(sizes) or max(sizes, default=0) > input_ids.shape[1]:
+        raise ConfigError(f"input_ids {list(input_ids.shape)} does not fit context_lengths {sizes}")
+    return [row[:size].tolist() for row, size in zip(input_ids, sizes, strict=True)]
+
+
+def _objects(given: Any, base: type) -> tuple[Any, ...]:
+    return () if given is None else (given,) if isinstance(given, base) else tuple(given)

@@ -1,0 +1,108 @@
+"""The KV cache as the loop sees it: a policy's decisions, kept as arrays that are read without calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trtllm_core.plugin.backend import Executable
+from trtllm_core.plugin.kv_policy import Admission, KVBudget, KVModel, KVPlan, KVPolicy, KVUsage
+
+
+class KVCache:
+    """Room for the tokens of every slot.
+
+    The policy is called when a slot's room is used up, about once a block, and not once a token: what was written in
+    between is reported to it first. All arrays are indexed by slot.
+    """
+
+    def __init__(self, policy: KVPolicy, executable: Executable, budget: KVBudget) -> None:
+        config = executable.config
+        size = config.build.tp_size
+        model = KVModel(
+            num_layers=config.model.num_layers,
+            num_kv_heads=max(config.model.num_kv_heads // size, 1),
+            head_size=config.model.head_size,
+            dtype=config.kv_dtype,
+            bytes_per_token=config.model.kv_bytes_per_token(config.kv_dtype, size),
+            sliding_window=config.model.sliding_window,
+        )
+        self.policy = policy
+        self.plan: KVPlan = policy.plan(model, budget)
+        self.bytes = executable.allocate_kv(self.plan)
+        self._edit = executable.edit_kv
+        self.tables = np.full((budget.max_slots, self.plan.max_blocks_per_slot), -1, np.int32)
+        self.cached = np.zeros(budget.max_slots, np.int64)
+        """Tokens written to the cache."""
+        self._reported = np.zeros(budget.max_slots, np.int64)
+        self._room = np.zeros(budget.max_slots, np.int64)
+
+    def admit(
+        self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
+    ) -> Admission | None:
+        """As ``KVPolicy.admit``; a hit counts as cached."""
+        admission = self.policy.admit(slot, tokens, max_new_tokens, extra_key)
+        if admission is not None:
+            self.cached[slot] = self._reported[slot] = self._room[slot] = admission.hit_length
+        return admission
+
+    def extend(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """Make room for ``counts`` more tokens of ``slots``; nothing happens while there is room.
+
+        Raises:
+            OutOfBlocksError: there is none, and nothing was changed.
+        """
+        short = self.cached[slots] + counts > self._room[slots]
+        if not short.any():
+            return
+        slots, counts = slots[short], counts[short]
+        self._report(slots)
+        placement = self.policy.extend(slots.tolist(), counts.tolist())
+        if placement.edits:
+            self._edit(placement.edits)
+        self.tables[slots] = placement.tables
+        self._room[slots] = self._reported[slots] + placement.room
+
+    def commit(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """``counts`` tokens of ``slots`` were written."""
+        self.cached[slots] += counts
+
+    def rewind(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """The last ``counts`` cached tokens of ``slots`` are taken back."""
+        self._report(slots)
+        self.policy.rewind(slots.tolist(), counts.tolist())
+        self.cached[slots] -= counts
+        self._reset(slots)
+
+    def fork(self, src: np.ndarray, dst: np.ndarray) -> None:
+        """Slots ``dst`` become copies of slots ``src``, all at the same time."""
+        self._report(np.unique(src))  # a source of several copies is named once
+        edits = self.policy.fork(src.tolist(), dst.tolist())
+        if edits:
+            self._edit(edits)
+        self.cached[dst] = self.cached[src]
+        self._reset(np.union1d(src, dst))
+
+    def release(self, slots: np.ndarray, keep: bool = False) -> None:
+        """The slots are over; their blocks are free at once."""
+        self._report(slots)
+        self.policy.release(slots.tolist(), keep)
+        self.cached[slots] = self._reported[slots] = self._room[slots] = 0
+        self.tables[slots] = -1
+
+    def usage(self) -> KVUsage:
+        """How full the pool is."""
+        return self.policy.usage()
+
+    def _report(self, slots: np.ndarray) -> None:
+        written = self.cached[slots] - self._reported[slots]
+        if written.any():
+            self.policy.commit(slots.tolist(), written.tolist())
+            self._reported[slots] = self.cached[slots]
+
+    def _reset(self, slots: np.ndarray) -> None:
+        """After blocks changed hands: read the tables again and ask for room before the next write."""
+        self.tables[slots] = self.policy.tables(slots.tolist())
+        self._reported[slots] = self._room[slots] = self.cached[slots]

@@ -1,0 +1,48 @@
+"""From a ``KVCacheConfig`` to a ``KVCache``: the policy is looked up, checked and given the pool's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_core.config import KVCacheConfig
+from trtllm_core.errors import ConfigError, listing
+from trtllm_core.kv_cache.cache import KVCache
+from trtllm_core.plugin import Executable, KVBudget, KVPolicy, Plugins
+
+UNUSED = ("after_prefill", "after_step")
+"""Verbs that the loop does not call: a policy that relies on one is refused rather than half used."""
+
+
+def make_cache(config: KVCacheConfig, executable: Executable, plugins: Plugins) -> KVCache:
+    """Make the policy that the config names, let it plan, and allocate what it planned.
+
+    Raises:
+        PluginNotFoundError: no such policy.
+        ConfigError: options that it refuses, or something that it needs and cannot be given here.
+        CapacityError: a pool too small for anything.
+    """
+    build = executable.config.build
+    entry = plugins.kv_policies.get(config.policy, plugins.missing_hint("kv_policy", config.policy))
+    policy = _make(entry.load(), config)
+    needs = set(policy.needs)
+    needs |= {name for name in UNUSED if getattr(type(policy), name) is not getattr(KVPolicy, name)}
+    if needs:
+        raise ConfigError(f"KV policy {config.policy!r} needs {listing(needs)}, which this session cannot give it")
+    size = build.tokens_per_block
+    full = build.max_batch_size * -(-build.max_seq_len // size) * size
+    return KVCache(
+        policy, executable, KVBudget(build.max_batch_size, build.max_seq_len, size, config.max_tokens or full)
+    )
+
+
+def _make(factory: Any, config: KVCacheConfig) -> KVPolicy:
+    model = getattr(factory, "Options", None)
+    if model is None and config.options:
+        raise ConfigError(f"KV policy {config.policy!r} takes no options, but was given {listing(config.options)}")
+    try:
+        policy = factory(None if model is None else model(**config.options))
+    except ValueError as error:
+        raise ConfigError(f"KV policy {config.policy!r}: {error}") from error
+    if not isinstance(policy, KVPolicy):
+        raise ConfigError(f"KV policy {config.policy!r} is a {type(policy).__name__}, not a KVPolicy")
+    return policy

@@ -1,0 +1,29 @@
+"""The layers that model families are written with: tensor-parallel, and blind to the tensor contract they run under.
+
+A family's module offers ``forward(input_ids, context) -> hidden`` and ``logits(hidden) -> logits``. ``context`` is an
+``AttentionContext``: it knows the positions of the tokens and where their keys and values live. The same module runs
+packed and paged, padded and linear, or traced for export, because only ``Attention`` talks to the context.
+"""
+
+from trtllm_core.nn.attention import Attention, AttentionContext
+from trtllm_core.nn.embedding import LMHead, VocabParallelEmbedding
+from trtllm_core.nn.linear import ColumnLinear, Linear, QKVLinear, RowLinear
+from trtllm_core.nn.mlp import GatedMLP
+from trtllm_core.nn.norm import LayerNorm, RMSNorm
+from trtllm_core.nn.rotary import RotaryEmbedding, rotate_
+
+__all__ = [
+    "Attention",
+    "AttentionContext",
+    "ColumnLinear",
+    "GatedMLP",
+    "LMHead",
+    "LayerNorm",
+    "Linear",
+    "QKVLinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RowLinear",
+    "VocabParallelEmbedding",
+    "rotate_",
+]

@@ -1,0 +1,38 @@
+"""Token embedding and language-model head, split over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from trtllm_core.nn.linear import Linear
+from trtllm_core.parallel import TensorParallel, padded_vocab
+
+
+class LMHead(Linear):
+    """Logits over the vocabulary, padded to a multiple of the ranks and gathered on every rank."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel, bias: bool = False) -> None:
+        super().__init__(hidden_size, padded_vocab(vocab_size, parallel.size) // parallel.size, bias)
+        self.parallel = parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., hidden_size] -> [..., vocab_size_padded]``, the same on every rank."""
+        return self.parallel.all_gather(super().forward(x))
+
+
+class VocabParallelEmbedding(LMHead):
+    """A token's row of the table. ``logits`` uses the same table as a head, for models that tie the two."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``input_ids [...]`` (any integer type) ``-> [..., hidden_size]``; ids of other ranks' rows count as zeros."""
+        if self.parallel.size == 1:
+            return functional.embedding(input_ids, self.weight)
+        local = input_ids - self.parallel.rank * self.weight.shape[0]
+        mine = (local >= 0) & (local < self.weight.shape[0])
+        rows = functional.embedding(torch.where(mine, local, 0), self.weight)
+        return self.parallel.all_reduce(rows * mine.unsqueeze(-1))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., hidden_size] -> [..., vocab_size_padded]`` with the table as the head."""
+        return super().forward(x)

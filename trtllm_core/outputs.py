@@ -1,0 +1,96 @@
+"""Results of a static batch, in the classic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trtllm_core.decoding.request import Branch, Request
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """One finished sequence."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    """Generated tokens, the one that ended it included."""
+    length: int
+    """Tokens of prompt and text: an end token is written, but not counted."""
+    finish_reason: str
+    seed: int
+    """The seed that was used: repeat the request with it to get the same tokens."""
+    text: str = ""
+    log_probs: tuple[float, ...] = ()
+    error: Exception | None = None
+    matched: Any = None
+    """The stop string or word that ended it, where one did."""
+    plugin_seconds: dict[str, float] = field(default_factory=dict)
+    """Host time that each plugin took since its session began."""
+
+
+def output_of(branch: Branch, plugin_seconds: dict[str, float]) -> GenerationOutput:
+    """What a finished branch leaves."""
+    assert branch.finish_reason is not None
+    return GenerationOutput(
+        prompt=tuple(branch.request.prompt),
+        tokens=tuple(branch.generated),
+        length=branch.length,
+        finish_reason=branch.finish_reason,
+        seed=branch.request.seed,
+        text=branch.text,
+        log_probs=tuple(branch.log_probs),
+        error=branch.error,
+        matched=None if branch.stop is None else branch.stop.matched,
+        plugin_seconds=plugin_seconds,
+    )
+
+
+class BatchIds:
+    """``output_ids``, int32 ``[batch, 1, max_seq_len]``: filled with the padding token and written as tokens come."""
+
+    def __init__(self, requests: Sequence[Request], end_ids: Sequence[int]) -> None:
+        longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
+        self.ids = torch.zeros(len(requests), 1, longest, dtype=torch.int32)
+        self.ends = [len(request.prompt) for request in requests]
+        for row, request in zip(self.ids[:, 0], requests, strict=True):
+            ends = end_ids if request.sampling.end_id is None else request.sampling.end_id
+            pad = request.sampling.pad_id
+            row.fill_((ends[0] if ends else 0) if pad is None else pad)
+            row[: len(request.prompt)] = torch.tensor(request.prompt)
+
+    def add(self, index: int, tokens: Sequence[int]) -> None:
+        """Write the next tokens of a sequence."""
+        end = self.ends[index]
+        self.ids[index, 0, end : end + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        self.ends[index] = end + len(tokens)
+
+
+def batch_result(
+    requests: Sequence[Request], outputs: Sequence[GenerationOutput], end_ids: Sequence[int]
+) -> torch.Tensor | dict[str, Any]:
+    """The classic result: the ids, or a dictionary where any request says ``return_dict``."""
+    batch = BatchIds(requests, end_ids)
+    for i, output in enumerate(outputs):
+        batch.add(i, output.tokens)
+    if not any(r.sampling.return_dict for r in requests):
+        return batch.ids
+    result: dict[str, Any] = {
+        "output_ids": batch.ids,
+        "finish_reasons": [output.finish_reason for output in outputs],
+        "outputs": list(outputs),
+    }
+    if any(r.sampling.output_sequence_lengths for r in requests):
+        result["sequence_lengths"] = torch.tensor([[output.length] for output in outputs], dtype=torch.int32)
+    if any(r.sampling.output_cum_log_probs for r in requests):
+        result["cum_log_probs"] = torch.tensor([[sum(output.log_probs)] for output in outputs])
+    if any(r.sampling.output_log_probs for r in requests):
+        chances = torch.zeros(batch.ids.shape)
+        for row, output in zip(chances[:, 0], outputs, strict=True):
+            start = len(output.prompt)
+            row[start : start + len(output.log_probs)] = torch.tensor(output.log_probs)
+        result["log_probs"] = chances
+    return result

@@ -1,0 +1,167 @@
+'''What plugin authors import: the marker, base classes, views, registrars and ``Plugins``. Imports no torch.
+
+A plugin is a module, or an instance, that says which hook versions it implements and registers things:
+
+.. code-block:: python
+
+    """my_plugin.py: forbids one token."""
+
+    from trtllm_core.plugin import DeviceLogitsProcessor, LogitsProcessorRegistrar, Phase, hookimpl
+
+    hook_api = "logits_processor>=1.0,<2"
+
+
+    class NeverZero(DeviceLogitsProcessor):
+        phase = Phase.CONSTRAINT
+
+        def apply(self, logits, batch):
+            logits[:, 0].masked_fill_(batch.active, float("-inf"))
+
+
+    @hookimpl
+    def trtllm_register_logits_processors(registrar: LogitsProcessorRegistrar) -> None:
+        registrar.add("never_zero", NeverZero)
+
+Its ``pyproject.toml`` names the module in the entry-point group, and the core that it was written for::
+
+    [project]
+    dependencies = ["trtllm-core>=0.1"]
+
+    [project.entry-points.trtllm_core]
+    never_zero = "my_plugin"
+
+While it is not installed, ``Plugins.load(extra=[my_plugin])`` loads it.
+'''
+
+from trtllm_core.plugin.backend import Availability, Backend, Capabilities, Executable, TensorSpec
+from trtllm_core.plugin.decoder import (
+    BranchPlan,
+    Decoder,
+    DecoderCapabilities,
+    Hypothesis,
+    Proposal,
+    Sampler,
+    Selection,
+)
+from trtllm_core.plugin.family import CheckpointView, ModelFamily, Piece, Weight
+from trtllm_core.plugin.kv_policy import (
+    Admission,
+    Edits,
+    KVBudget,
+    KVModel,
+    KVPlan,
+    KVPolicy,
+    KVUsage,
+    OutOfBlocksError,
+    Placement,
+)
+from trtllm_core.plugin.lifecycle import SlotPlugin
+from trtllm_core.plugin.loader import PluginReport
+from trtllm_core.plugin.logits import (
+    DeviceLogitsProcessor,
+    HostLogitsProcessor,
+    LogitsCapabilities,
+    LogitsProcessor,
+    Phase,
+)
+from trtllm_core.plugin.manager import Plugins
+from trtllm_core.plugin.markers import HOOK_VERSIONS, PROJECT, hookimpl
+from trtllm_core.plugin.observer import RequestStats, SessionStats, StepStats
+from trtllm_core.plugin.registrar import (
+    BackendRegistrar,
+    DecoderRegistrar,
+    Entry,
+    KVPolicyRegistrar,
+    LogitsProcessorRegistrar,
+    ModelFamilyRegistrar,
+    Registry,
+    Source,
+    StoppingCriterionRegistrar,
+)
+from trtllm_core.plugin.specs import (
+    HOOK_KINDS,
+    BackendSpecs,
+    DecoderSpecs,
+    KVPolicySpecs,
+    LogitsProcessorSpecs,
+    ModelFamilySpecs,
+    ObserverSpecs,
+    StoppingCriterionSpecs,
+)
+from trtllm_core.plugin.stopping import (
+    DeviceStoppingCriterion,
+    HostStoppingCriterion,
+    Stop,
+    StoppingCapabilities,
+    StoppingCriterion,
+)
+from trtllm_core.plugin.views import BranchView, CommitBatch, DecodingContext, FinishReason, LogitsBatch
+
+__all__ = [
+    "HOOK_KINDS",
+    "HOOK_VERSIONS",
+    "PROJECT",
+    "Admission",
+    "Availability",
+    "Backend",
+    "BackendRegistrar",
+    "BackendSpecs",
+    "BranchPlan",
+    "BranchView",
+    "Capabilities",
+    "CheckpointView",
+    "CommitBatch",
+    "Decoder",
+    "DecoderCapabilities",
+    "DecoderRegistrar",
+    "DecoderSpecs",
+    "DecodingContext",
+    "DeviceLogitsProcessor",
+    "DeviceStoppingCriterion",
+    "Edits",
+    "Entry",
+    "Executable",
+    "FinishReason",
+    "HostLogitsProcessor",
+    "HostStoppingCriterion",
+    "Hypothesis",
+    "KVBudget",
+    "KVModel",
+    "KVPlan",
+    "KVPolicy",
+    "KVPolicyRegistrar",
+    "KVPolicySpecs",
+    "KVUsage",
+    "LogitsBatch",
+    "LogitsCapabilities",
+    "LogitsProcessor",
+    "LogitsProcessorRegistrar",
+    "LogitsProcessorSpecs",
+    "ModelFamily",
+    "ModelFamilyRegistrar",
+    "ModelFamilySpecs",
+    "ObserverSpecs",
+    "OutOfBlocksError",
+    "Phase",
+    "Piece",
+    "Placement",
+    "PluginReport",
+    "Plugins",
+    "Proposal",
+    "Registry",
+    "RequestStats",
+    "Sampler",
+    "Selection",
+    "SessionStats",
+    "SlotPlugin",
+    "Source",
+    "StepStats",
+    "Stop",
+    "StoppingCapabilities",
+    "StoppingCriterion",
+    "StoppingCriterionRegistrar",
+    "StoppingCriterionSpecs",
+    "TensorSpec",
+    "Weight",
+    "hookimpl",
+]

@@ -1,0 +1,127 @@
+"""Base classes of execution backends: what turns weights into an engine and an engine into logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from trtllm_core.config import EngineConfig
+    from trtllm_core.plugin.family import ModelFamily
+    from trtllm_core.plugin.kv_policy import Edits, KVPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend can work here."""
+
+    available: bool
+    reason: str
+    """What was found, or what is missing and how to install it."""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an executable can do. A plan that needs more is refused before its first token."""
+
+    contract: str
+    """``packed_paged`` or ``padded_linear``."""
+    dtypes: tuple[str, ...]
+    multi_position: bool = False
+    """Several positions of a row in one call: chunks, verification."""
+    tree_masks: bool = False
+    cuda_graphs: bool = False
+    hidden_states: bool = False
+    batch_invariant: bool = False
+    """A row's logits do not depend on what else is in the batch, bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named input or output of an executable."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """Numbers are fixed; names such as ``tokens`` are symbols that must agree between tensors of one call."""
+    is_input: bool = True
+    minimum: tuple[int, ...] = ()
+    maximum: tuple[int, ...] = ()
+
+
+class Executable(ABC):
+    """An engine loaded on one rank."""
+
+    config: EngineConfig
+    capabilities: Capabilities
+    device: torch.device
+    tensors: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def allocate_kv(self, plan: KVPlan) -> int:
+        """Allocate the KV cache that the plan describes, instead of any before it. Returns its bytes."""
+
+    @abstractmethod
+    def edit_kv(self, edits: Edits) -> None:
+        """Run the policy's copies and moves, in order, before the next ``execute``."""
+
+    @abstractmethod
+    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """Run once. ``stream`` is a raw CUDA stream, 0 on the CPU. Asynchronous where the device is.
+
+        Raises:
+            BackendError: it could not run.
+        """
+
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Bytes of weights on this rank."""
+
+
+class Backend(ABC):
+    """Builds and loads engines."""
+
+    name: str
+    contract: Literal["packed_paged", "padded_linear"]
+    """The tensors that its engines take."""
+
+    @abstractmethod
+    def probe(self) -> Availability:
+        """Whether the backend can work here. Never raises, imports nothing heavy."""
+
+    @abstractmethod
+    def build(
+        self,
+        config: EngineConfig,
+        family: ModelFamily,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        directory: Path,
+        rank: int,
+    ) -> Path:
+        """Write ``rank{rank}.*`` into ``directory`` and return its path.
+
+        ``weights`` gives the parameters of the family's module for this rank, in the order of its
+        ``named_parameters()``, each made when it is reached: use it up without keeping them.
+        """
+
+    @abstractmethod
+    def load(
+        self, source: Path | bytes | memoryview, config: EngineConfig, family: ModelFamily, **options: Any
+    ) -> Executable:
+        """Load one rank's engine. ``options`` are the backend's own: ``device``, ``tensor_parallel``, …"""
+
+    def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
+        """The ``EngineConfig`` that a serialised engine carries in itself, if it carries one."""
+        return None
+
+
+def input_specs(specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """The inputs among ``specs``, by name."""
+    return {spec.name: spec for spec in specs if spec.is_input}

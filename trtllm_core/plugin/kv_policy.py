@@ -1,0 +1,228 @@
+"""Base class of KV allocation policies: pure Python and NumPy, no torch. A policy decides; the backend moves bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trtllm_core.errors import CapacityError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pydantic import BaseModel
+
+
+class OutOfBlocksError(CapacityError):
+    """There is no room now. Nothing was changed; ``needed`` blocks are missing, ``evictable`` could be given up."""
+
+    def __init__(self, needed: int, evictable: int = 0) -> None:
+        super().__init__(f"the KV pool is out of blocks: {needed} more needed, {evictable} could be evicted")
+        self.needed = needed
+        self.evictable = evictable
+
+
+@dataclass(frozen=True, slots=True)
+class KVModel:
+    """What a policy knows about the model, on one rank."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: str
+    bytes_per_token: int
+    """Keys and values of one token over all layers, in bytes."""
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """How much room a policy may plan for."""
+
+    max_slots: int
+    max_seq_len: int
+    tokens_per_block: int
+    max_tokens: int
+    """Tokens of room in all, over all slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """The pool that a backend allocates: ``num_blocks`` blocks of ``tokens_per_block`` tokens, for every layer."""
+
+    num_blocks: int
+    tokens_per_block: int
+    max_blocks_per_slot: int
+    model: KVModel
+    window: int | None = None
+    """Cache entries of a slot after which it is overwritten as a ring; None never is."""
+    sink: int = 0
+    """First entries of the cache that the ring leaves alone."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pool on one rank."""
+        return self.num_blocks * self.tokens_per_block * self.model.bytes_per_token
+
+    def cache_index(self, position: int) -> int:
+        """Entry of a slot's cache that holds its token number ``position``: ``S + (p − S) mod (W − S)`` in a ring."""
+        if self.window is None or position < self.window:
+            return position
+        return self.sink + (position - self.sink) % (self.window - self.sink)
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What the backend must do to the pool before the next step, in this order: all copies, then all moves."""
+
+    copies: tuple[tuple[int, int], ...] = ()
+    """(source block, destination block) over all layers, **simultaneous**: every source is read before any destination
+    is written, so that 0←1, 1←0 swaps. No destination stands here twice."""
+    moves: tuple[tuple[int, int, int], ...] = ()
+    """(slot, source entry, destination entry) within a slot's cache, simultaneous."""
+
+    def __bool__(self) -> bool:
+        return bool(self.copies or self.moves)
+
+    def __add__(self, later: Edits) -> Edits:
+        """Both, one after the other, as one: what copies a copy reads the first source.
+
+        Raises:
+            ValueError: there are moves before something later. Run those first.
+        """
+        if self.moves and later:
+            raise ValueError("edits that move entries must be run before later edits are added")
+        origin = {target: source for source, target in self.copies}
+        copies = origin | {target: origin.get(source, source) for source, target in later.copies}
+        return Edits(
+            tuple((source, target) for target, source in copies.items() if source != target), self.moves + later.moves
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request may start."""
+
+    hit_length: int = 0
+    """Tokens of its prompt that are in the cache already and need not be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the next tokens of some slots go."""
+
+    tables: np.ndarray
+    """int32 ``[n, max_blocks_per_slot]``: block of each run of ``tokens_per_block`` entries; -1 where there is none."""
+    room: np.ndarray
+    """int64 ``[n]``: tokens after the committed ones that may be written before ``extend`` is called again."""
+    edits: Edits = Edits()
+    """Copies that must be done before anything is written (copy-on-write)."""
+    positions: np.ndarray | None = None
+    """int64 ``[n]``: rotary position of the slot's next token, where it is not its number (positions in the cache)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """How full the pool is, in blocks."""
+
+    total: int
+    free: int
+    shared: int = 0
+    """Blocks with more than one owner."""
+
+
+class KVPolicy(ABC):
+    """Decides which blocks hold which tokens. Slots and counts come as sequences of equal length.
+
+    Invariants, which ``check_integrity`` verifies: every block is free or owned, never both; its reference count is
+    the number of slots that list it; no block with more than one owner is inside anybody's writable room; free plus
+    owned is the whole pool. **A call that fails changes nothing.**
+    """
+
+    Options: ClassVar[type[BaseModel] | None] = None
+    """pydantic model of ``KVCacheConfig.options``; None takes none."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of ``attention_scores``, ``keys``, ``access_statistics``; a backend without them is refused early."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    @abstractmethod
+    def plan(self, model: KVModel, budget: KVBudget) -> KVPlan:
+        """Size the pool and forget all slots. Called once a session, before anything else.
+
+        Raises:
+            CapacityError: the budget cannot hold even one token for one slot.
+        """
+
+    @abstractmethod
+    def admit(
+        self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
+    ) -> Admission | None:
+        """May a request with this prompt start in ``slot``? None: not now, ask again when something was released.
+
+        ``extra_key`` is all else that the cached values depend on (adapter, prompt table, salt).
+
+        Raises:
+            CapacityError: it could not start even in an empty pool.
+        """
+
+    @abstractmethod
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> Placement:
+        """Make room for ``counts[i]`` tokens after those committed; room that is there already is kept.
+
+        Raises:
+            OutOfBlocksError: for all of them or none.
+            CapacityError: more tokens than a slot can ever hold.
+        """
+
+    @abstractmethod
+    def commit(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """``counts[i]`` tokens were written and stay. They must lie within the room."""
+
+    @abstractmethod
+    def rewind(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Take back the last ``counts[i]`` committed tokens. Blocks without tokens are given back."""
+
+    @abstractmethod
+    def fork(self, src: Sequence[int], dst: Sequence[int]) -> Edits:
+        """Slot ``dst[i]`` becomes a copy of slot ``src[i]``, **all at the same time**: 0←1, 1←0 swaps.
+
+        A destination may be live (what it held is released) or new. Blocks are shared until one is written.
+
+        Raises:
+            OutOfBlocksError: only of policies that cannot share blocks.
+        """
+
+    @abstractmethod
+    def release(self, slots: Sequence[int], keep: bool = False) -> None:
+        """The slots are over. ``keep`` allows their blocks to stay for reuse by later requests."""
+
+    @abstractmethod
+    def length(self, slot: int) -> int:
+        """Committed tokens of a slot."""
+
+    @abstractmethod
+    def tables(self, slots: Sequence[int]) -> np.ndarray:
+        """int32 ``[n, max_blocks_per_slot]``, as in ``Placement``."""
+
+    @abstractmethod
+    def usage(self) -> KVUsage:
+        """How full the pool is."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` where an invariant is broken. Cheap enough for tests and idle moments."""
+
+    def after_prefill(self, slots: Sequence[int], statistics: Any = None) -> Edits | None:
+        """Prompts are in the cache: a policy that compresses says here what moves and what is dropped."""
+        return None
+
+    def after_step(self, slots: Sequence[int], statistics: Any = None) -> Edits | None:
+        """A step is over: the same for policies that evict while generating."""
+        return None
+
+    def evict(self, blocks: int) -> int:
+        """Give up to ``blocks`` cached, unowned blocks back to the pool. Returns how many."""
+        return 0

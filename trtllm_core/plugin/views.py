@@ -1,0 +1,93 @@
+"""What plugins are shown: small frozen views, never objects of the core.
+
+``n`` is the number of positions in this step that ask for a token, ``slots`` the engine's number of slots. State is
+kept by slot, never by row: a row is only a position in this step's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from trtllm_core.config import SamplingConfig
+
+FinishReason = str
+"""``end_id``, ``stop_words``, ``stop_string``, ``length``, ``plugin_error``, or a reason of a plugin's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class BranchView:
+    """One live sequence of a request, as it begins."""
+
+    request_id: str
+    branch: int
+    """Number of the branch within its request; 0 is the one that the user asked for."""
+    slot: int
+    """Stable index at which all state of the branch lives, until ``end``."""
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    end_ids: tuple[int, ...]
+    seed: int
+    params: Any = None
+    """The plugin's own parameters, validated by its ``Params``; None where it declares none."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingContext:
+    """The slots' state on the device. Plugins read these tensors and change none of them."""
+
+    slots: int
+    max_seq_len: int
+    vocab_size: int
+    vocab_size_padded: int
+    device: torch.device
+    tokens: torch.Tensor
+    """int32 ``[slots, max_seq_len]``: prompt and committed tokens; undefined from ``lengths`` on."""
+    lengths: torch.Tensor
+    """int64 ``[slots]``: prompt and committed tokens of each slot."""
+    prompt_lengths: torch.Tensor
+    """int64 ``[slots]``."""
+    seeds: torch.Tensor
+    """int64 ``[slots]``: the key of the slot's random numbers, made of the request's seed and the branch."""
+    text: Any = None
+    """``Callable[[Sequence[int]], bytes]`` that detokenises, where the engine has a tokenizer; else None.
+
+    Token by token: ``text(a + b) == text(a) + text(b)``. Special tokens have no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsBatch:
+    """The positions that ask for a token in this step. All tensors are on ``context.device``."""
+
+    context: DecodingContext
+    slot: torch.Tensor
+    """int64 ``[n]``."""
+    offset: torch.Tensor
+    """int64 ``[n]``: 0 in ordinary decode; position within the draft (0..k) in a verify step."""
+    active: torch.Tensor
+    """bool ``[n]``: the position's request asked for this plugin. Others must be left as they are."""
+    draft: torch.Tensor | None = None
+    """int32 ``[slots, k]``: tokens proposed but not committed; None outside a verify step."""
+    phase: Literal["context", "generation", "verify"] = "generation"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBatch:
+    """The tokens that this step chose, before (``check``) or while (``commit``) they become history.
+
+    In ``check``, ``context.lengths`` does not count them yet. In ``commit`` it does.
+    """
+
+    context: DecodingContext
+    slot: torch.Tensor
+    """int64 ``[n]``."""
+    tokens: torch.Tensor
+    """int64 ``[n, k]``; entries from ``counts`` on are undefined."""
+    counts: torch.Tensor
+    """int64 ``[n]``: how many of the k tokens are accepted, 0..k."""
+    active: torch.Tensor
+    """bool ``[n]``."""

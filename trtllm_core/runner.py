@@ -1,0 +1,153 @@
+"""``ModelRunner``: an engine directory and its tokenizer, ready to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_core.checkpoint import Tokenizer
+from trtllm_core.config import KVCacheConfig, Mapping, SamplingConfig
+from trtllm_core.decoding.plan import Plan
+from trtllm_core.engine.directory import TOKENIZER
+from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.generation import GenerationSession
+from trtllm_core.plugin import Executable, LogitsProcessor, Plugins, StoppingCriterion
+from trtllm_core.properties import EngineProperties
+from trtllm_core.session import Session
+
+
+class ModelRunner(EngineProperties):
+    """Generates from lists of prompts, as the classic ``ModelRunner`` did."""
+
+    def __init__(self, generation: GenerationSession) -> None:
+        self.generation = generation
+        self.session = generation.session
+        self.mapping = generation.mapping
+
+    @classmethod
+    def from_dir(
+        cls,
+        engine_dir: Path | str,
+        rank: int = 0,
+        debug_mode: bool = False,
+        *,
+        kv_cache: KVCacheConfig | None = None,
+        plugins: Plugins | None = None,
+        **options: Any,
+    ) -> ModelRunner:
+        """Load an engine directory: its config is checked, then one rank's weights are mapped.
+
+        Args:
+            engine_dir: what ``trtllm-core build`` wrote.
+            rank: which rank of a tensor-parallel engine this process is.
+            debug_mode: see ``GenerationSession``.
+            kv_cache: policy and size of the KV cache.
+            plugins: where everything is looked up; None loads what is installed.
+            options: the backend's own, such as ``device="cuda"`` or ``batch_invariant=True``.
+
+        Raises:
+            EngineError, PluginNotFoundError: it cannot be loaded here; the message says why and what to do.
+        """
+        plugins = plugins or Plugins.load()
+        session = Session.from_directory(engine_dir, rank, plugins=plugins, **options)
+        has_tokenizer = (Path(engine_dir) / TOKENIZER).is_file()
+        tokenizer = Tokenizer.from_dir(engine_dir) if has_tokenizer else None
+        return cls._of(session, rank, debug_mode, kv_cache, plugins, tokenizer)
+
+    @classmethod
+    def from_engine(
+        cls,
+        engine: Executable | Session,
+        rank: int = 0,
+        debug_mode: bool = False,
+        *,
+        kv_cache: KVCacheConfig | None = None,
+        plugins: Plugins | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> ModelRunner:
+        """Use an engine that is loaded already. It has no directory, so its tokenizer is passed in."""
+        session = engine if isinstance(engine, Session) else Session.from_engine(engine)
+        return cls._of(session, rank, debug_mode, kv_cache, plugins or Plugins.load(), tokenizer)
+
+    @classmethod
+    def _of(
+        cls,
+        session: Session,
+        rank: int,
+        debug_mode: bool,
+        kv_cache: KVCacheConfig | None,
+        plugins: Plugins,
+        tokenizer: Tokenizer | None,
+    ) -> ModelRunner:
+        size = session.config.build.tp_size
+        mapping = Mapping(world_size=size, rank=rank, tp_size=size)
+        return cls(
+            GenerationSession(
+                None, session, mapping, debug_mode, kv_cache=kv_cache, plugins=plugins, tokenizer=tokenizer
+            )
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The engine's tokenizer."""
+        return self.generation.tokenizer
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that run together; more wait for a place."""
+        return self.config.build.max_batch_size
+
+    def generate(
+        self,
+        batch_input_ids: Sequence[torch.Tensor] | Sequence[Sequence[int]],
+        sampling_config: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        streaming: bool = False,
+        stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        *,
+        full: bool = False,
+        text: bool = False,
+        **fields: Any,
+    ) -> Any:
+        """Generate for each prompt.
+
+        Args:
+            batch_input_ids: one-dimensional integer tensors, or lists of token ids.
+            sampling_config: one for all, or one for each; None is the default one.
+            streaming: return an iterator over ``Delta``; with ``full``, over the whole ids after each step.
+            stopping_criteria, logits_processor: objects to use beside those that the config names.
+            text: deltas and outputs carry text.
+            fields: SamplingConfig fields that replace those of ``sampling_config``.
+
+        Returns:
+            As ``GenerationSession.decode``.
+
+        Raises:
+            CapacityError: more prompts, longer ones, or more new tokens than the engine was built for.
+            ConfigError: token ids outside the vocabulary, an unknown field, or one that nothing honours.
+        """
+        if not batch_input_ids:
+            raise ConfigError("there is no prompt to generate from")
+        if len(batch_input_ids) > self.max_batch_size:
+            raise CapacityError(
+                f"{len(batch_input_ids)} prompts at once; the engine was built for max_batch_size {self.max_batch_size}"
+            )
+        base = sampling_config if sampling_config is not None else SamplingConfig()
+        if isinstance(base, SamplingConfig):
+            base = base.replace(**fields) if fields else base
+        elif fields:
+            base = [config.replace(**fields) for config in base]
+        return self.generation.decode_batch(
+            batch_input_ids, base, streaming, stopping_criteria, logits_processor, full=full, text=text
+        )
+
+    def explain(self, sampling_config: SamplingConfig) -> Plan:
+        """The plan that a request with this config would have, made without running anything."""
+        return self.generation.explain(sampling_config)
+
+    def close(self) -> None:
+        """Tell the observers that the session is over."""
+        self.generation.close()

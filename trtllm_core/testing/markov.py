@@ -1,0 +1,98 @@
+"""A model without weights: the next token's logits depend on the last token alone. For tests of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider
+from trtllm_core.plugin import Capabilities, Executable, TensorSpec
+from trtllm_core.plugin.kv_policy import Edits, KVPlan
+from trtllm_core.version import __version__
+
+
+class MarkovExecutable(Executable):
+    """Logits are rows of a fixed random table, so that a row's text never depends on its batch.
+
+    It takes the tensors of the packed, paged contract, and checks that it is asked for sane ones.
+
+    Args:
+        vocab_size: tokens.
+        seed: of the table.
+        build: limits; None takes small ones.
+        table: float32 ``[vocab_size, vocab_size]`` instead of a random one.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 97,
+        seed: int = 0,
+        build: BuildConfig | None = None,
+        table: torch.Tensor | None = None,
+    ) -> None:
+        provider = Provider(name="markov", distribution="trtllm-core", version=__version__)
+        self.config = EngineConfig(
+            core_version=__version__,
+            family=provider,
+            backend=provider,
+            contract="packed_paged",
+            model=ModelConfig(
+                family="markov",
+                architecture="Markov",
+                vocab_size=vocab_size,
+                hidden_size=8,
+                num_layers=1,
+                num_heads=1,
+                num_kv_heads=1,
+                head_size=8,
+                max_position_embeddings=4096,
+            ),
+            build=build or BuildConfig(max_batch_size=8, max_input_len=127, max_seq_len=128, tokens_per_block=8),
+        )
+        self.device = torch.device("cpu")
+        self.capabilities = Capabilities(
+            contract="packed_paged", dtypes=("float32",), multi_position=True, batch_invariant=True
+        )
+        self.tensors: tuple[TensorSpec, ...] = ()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(vocab_size, vocab_size, generator=generator) * 3 if table is None else table
+        self.calls = 0
+        """How often it ran."""
+
+    def allocate_kv(self, plan: KVPlan) -> int:
+        """See ``Executable``: which token each cache entry holds is all there is."""
+        self._plan = plan
+        self._cache = torch.full((plan.num_blocks * plan.tokens_per_block,), -1, dtype=torch.int32)
+        return self._cache.nbytes
+
+    def edit_kv(self, edits: Edits) -> None:
+        """See ``Executable``."""
+        blocks = self._cache.view(-1, self._plan.tokens_per_block)
+        if edits.copies:
+            src, dst = (torch.tensor(side) for side in zip(*edits.copies, strict=True))
+            blocks[dst] = blocks[src]
+
+    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """See ``Executable``. The logits are those of the token *found in the cache*, so that a wrong block shows."""
+        self.calls += 1
+        size = self._plan.tokens_per_block
+        start = 0
+        last = torch.empty_like(inputs["input_ids"])
+        rows = zip(
+            inputs["query_lengths"].tolist(), inputs["past_lengths"].tolist(), inputs["block_tables"], strict=True
+        )
+        for length, past, table in rows:
+            assert length > 0, "a row without tokens"
+            position = torch.arange(past, past + length)
+            assert torch.equal(inputs["position_ids"][start : start + length], position), "positions follow the cache"
+            entries = table[position // size].long() * size + position % size
+            assert (entries >= 0).all(), "a token without a block"
+            self._cache[entries] = inputs["input_ids"][start : start + length]
+            last[start : start + length] = self._cache[entries]
+            start += length
+        outputs["logits"].copy_(self.table[last[inputs["logits_indices"]].long()])
+
+    def weight_bytes(self) -> int:
+        """See ``Executable``."""
+        return self.table.nbytes
