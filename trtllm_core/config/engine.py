@@ -30,6 +30,15 @@ class BuildConfig(Config):
     tp_size: int = Field(default=1, ge=1)
     options: dict[str, Any] = Field(default_factory=dict, description="validated by the backend")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_input_len(cls, data: Any) -> Any:
+        """A max_input_len that nobody asked for gives way to a short max_seq_len."""
+        longest = data.get("max_seq_len") if isinstance(data, dict) else None
+        if isinstance(longest, int) and "max_input_len" not in data:
+            data = {**data, "max_input_len": max(min(1024, longest - 1), 1)}
+        return data
+
     @model_validator(mode="after")
     def _limits(self) -> Self:
         if self.max_input_len >= self.max_seq_len:

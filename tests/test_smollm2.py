@@ -1,0 +1,149 @@
+"""The main job on a real model: SmolLM2-135M-Instruct in float32, with transformers as the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a haiku about rain.",
+    "def fibonacci(n):",
+    "Explain gravity to a child in two sentences.",
+    "List five colours.",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' into Spanish.",
+    "1 + 1 =",
+)
+GREEDY = SamplingConfig(max_new_tokens=64, end_id=(), min_length=0, return_dict=True)
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.load()
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2_gguf: Path, tmp_path_factory, plugins) -> Path:
+    directory = tmp_path_factory.mktemp("engines") / "smollm2"
+    build_engine(smollm2_gguf, directory, BuildConfig(dtype="float32", max_seq_len=512), plugins=plugins)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runner(engine: Path, plugins) -> ModelRunner:
+    return ModelRunner.from_dir(engine, plugins=plugins)
+
+
+@pytest.fixture(scope="module")
+def prompts(runner: ModelRunner) -> list[list[int]]:
+    tokenizer = runner.tokenizer
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [tokenizer.encode(text, add_special=False) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def peer(smollm2_gguf: Path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent,
+        gguf_file=smollm2_gguf.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(peer, prompts) -> list[tuple[int, ...]]:
+    """What transformers generates for each prompt alone."""
+    out = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            made = peer.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=64,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            out.append(tuple(made[0, len(prompt) :].tolist()))
+    return out
+
+
+def test_greedy_tokens_equal_transformers_in_a_ragged_batch(runner, prompts, expected):
+    assert [output.tokens for output in runner.generate(prompts, GREEDY)["outputs"]] == expected
+
+
+def test_and_each_alone(runner, prompts, expected):
+    for prompt, tokens in zip(prompts[:3], expected, strict=False):
+        assert runner.generate([prompt], GREEDY)["outputs"][0].tokens == tokens
+
+
+def test_logits_are_within_a_thousandth(runner, peer, prompts, expected):
+    """Teacher-forced over prompt and answer, through the session's log-probabilities and the raw logits."""
+    loop = runner.generation.loop
+    seen: list[torch.Tensor] = []
+    run = loop.session.run
+
+    def recorded(inputs, outputs, stream=0):
+        done = run(inputs, outputs, stream)
+        seen.append(outputs["logits"].clone())
+        return done
+
+    loop.session.run = recorded
+    try:
+        runner.generate([prompts[3]], GREEDY)
+    finally:
+        del loop.session.run
+    with torch.inference_mode():
+        text = torch.tensor([[*prompts[3], *expected[3][:-1]]])
+        logits = peer(text).logits[0, len(prompts[3]) - 1 :]
+    assert (torch.cat(seen) - logits).abs().max() < 1e-3
+
+
+def test_batch_invariant_mode_is_bit_equal(engine, plugins, prompts, expected):
+    """In this mode a request's logits do not depend on its company, to the last bit."""
+    runner = ModelRunner.from_dir(engine, plugins=plugins, batch_invariant=True)
+    config = GREEDY.replace(max_new_tokens=8)
+    loop = runner.generation.loop
+    by_slot: dict[int, list[torch.Tensor]] = {}
+    run = loop._run
+
+    def recorded(rows):
+        logits = run(rows)
+        for slot, row in zip(rows.slots[rows.asking].tolist(), logits, strict=True):
+            by_slot.setdefault(slot, []).append(row.clone())
+        return logits
+
+    loop._run = recorded
+    together = runner.generate(prompts, config)["outputs"]
+    crowd = dict(by_slot)
+    assert [output.tokens for output in together] == [tokens[:8] for tokens in expected]
+    for i in (0, 5):
+        by_slot.clear()
+        runner.generate([prompts[i]], config)
+        (alone,) = by_slot.values()
+        assert len(alone) == 8
+        assert all(torch.equal(a, b) for a, b in zip(alone, crowd[i], strict=True))
+
+
+def test_it_answers(runner, prompts):
+    out = runner.generate([prompts[0]], SamplingConfig(max_new_tokens=32, return_dict=True), text=True)["outputs"][0]
+    assert out.text == "The capital of France is Paris."
+    assert out.finish_reason == "end_id"
+
+
+def test_stop_string_cuts_the_text(runner, prompts):
+    config = SamplingConfig(max_new_tokens=32, stop_strings=" is Par", return_dict=True)
+    out = runner.generate([prompts[0]], config, text=True)["outputs"][0]
+    assert (out.text, out.finish_reason, out.matched) == ("The capital of France", "stop_string", " is Par")
+    deltas = runner.generate([prompts[0]], config, text=True, streaming=True)
+    assert "".join(delta.text for delta in deltas) == "The capital of France", "and nothing of it was shown before"
