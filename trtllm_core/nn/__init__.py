@@ -7,6 +7,7 @@ packed and paged, padded and linear, or traced for export, because only ``Attent
 
 from trtllm_core.nn.attention import Attention, AttentionContext
 from trtllm_core.nn.embedding import LMHead, VocabParallelEmbedding
+from trtllm_core.nn.layer import Layer
 from trtllm_core.nn.linear import ColumnLinear, Linear, QKVLinear, RowLinear
 from trtllm_core.nn.mlp import GatedMLP
 from trtllm_core.nn.norm import LayerNorm, RMSNorm
@@ -18,6 +19,7 @@ __all__ = [
     "ColumnLinear",
     "GatedMLP",
     "LMHead",
+    "Layer",
     "LayerNorm",
     "Linear",
     "QKVLinear",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import nn
+
+from trtllm_core.nn.layer import Layer
 
 
 class AttentionContext(Protocol):
@@ -23,7 +24,7 @@ class AttentionContext(Protocol):
         ...
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Scaled dot-product attention over the cache of one layer; grouped queries where ``kv_heads < heads``.
 
     ``sliding_window`` lets a token see that many tokens, itself included. Head counts are this rank's.

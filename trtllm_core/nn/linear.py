@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtllm_core.nn.layer import Layer
 from trtllm_core.parallel import TensorParallel
 
 MatMul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """``(x [..., in], weight [out, in], bias [out] or None) -> [..., out]``."""
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """``y = x Wᵀ + b`` with the whole weight on every rank.
 
     ``matmul`` is the kernel. A backend may put a faster, a quantised or a batch-invariant one in its place when it

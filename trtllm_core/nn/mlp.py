@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from trtllm_core.nn.layer import Layer
 from trtllm_core.nn.linear import ColumnLinear, RowLinear
 from trtllm_core.parallel import TensorParallel
 
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """By the names that checkpoints use."""
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """``down(act(gate(x)) * up(x))``, gate and up in one product: ``gate_up`` holds gate's rows, then up's."""
 
     def __init__(

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from trtllm_core.config import Config
+from trtllm_core.nn.layer import Layer
 
 
 class RotaryScaling(Config):
@@ -93,7 +93,7 @@ def _yarn_attention_factor(scaling: RotaryScaling) -> float:
     return mscale(1.0)
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Layer):
     """Cosines and sines of the tokens' positions, made once a call and used by every layer.
 
     The table is computed when the engine is loaded, as long as its longest sequence, from float32 angles.

@@ -10,6 +10,7 @@ from trtllm_core.nn import (
     Attention,
     AttentionContext,
     GatedMLP,
+    Layer,
     LMHead,
     QKVLinear,
     RMSNorm,
@@ -24,7 +25,7 @@ from trtllm_plugin_llama.config import LlamaExtras
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(Layer):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, index: int, config: ModelConfig, extras: LlamaExtras, parallel: TensorParallel) -> None:
@@ -49,7 +50,7 @@ class LlamaAttention(nn.Module):
         return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Layer):
     """One decoder layer."""
 
     def __init__(self, index: int, config: ModelConfig, extras: LlamaExtras, parallel: TensorParallel) -> None:
@@ -65,7 +66,7 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class LlamaModule(nn.Module):
+class LlamaModule(Layer):
     """Token ids to hidden states, and hidden states to logits."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:

@@ -1,0 +1,125 @@
+"""Every file of ``docs/examples`` runs and does what the pages that quote it say."""
+
+from __future__ import annotations
+
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core.errors import ConfigError
+from trtllm_core.testing.markov import MarkovExecutable
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+SAMPLED = SamplingConfig(top_k=0, top_p=1.0, random_seed=7, max_new_tokens=100, end_id=(), return_dict=True)
+
+
+def test_every_example_is_tested() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    untested = [path.name for path in EXAMPLES.glob("*.py") if f"def test_{path.stem}" not in tests]
+    assert untested == []
+
+
+@pytest.fixture
+def top_a(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The plugin's module, imported as its users import it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "top_a", raising=False)
+    return __import__("top_a")
+
+
+@pytest.fixture
+def runner(top_a: ModuleType) -> ModelRunner:
+    return ModelRunner.from_engine(MarkovExecutable(), plugins=Plugins.load(extra=[top_a]))
+
+
+def unlikely(runner: ModelRunner, prompt: list[int], tokens: tuple[int, ...], a: float) -> list[int]:
+    """Tokens that top-a would have dropped, straight from its definition: p < a · p_max²."""
+    chances = runner.session.engine.table.softmax(dim=-1)
+    before = [prompt[-1], *tokens[:-1]]
+    return [t for last, t in zip(before, tokens, strict=True) if chances[last, t] < a * chances[last].max() ** 2]
+
+
+def test_top_a_drops_what_its_definition_drops_and_touches_nobody_else(runner: ModelRunner) -> None:
+    alone = runner.generate([[5]], SAMPLED)["outputs"][0]
+    assert unlikely(runner, [5], alone.tokens, 0.5), "or the test would show nothing"
+    cut = SAMPLED.replace(logits_processors=use("top_a", a=0.5))
+    free, with_top_a = runner.generate([[5], [5]], [SAMPLED, cut])["outputs"]
+    assert with_top_a.finish_reason == "length"
+    assert with_top_a.tokens != free.tokens
+    assert unlikely(runner, [5], with_top_a.tokens, 0.5) == []
+    assert free.tokens == alone.tokens, "the request beside it did not ask for the plugin"
+
+
+def test_top_a_keeps_the_rest(runner: ModelRunner, top_a: ModuleType) -> None:
+    """What it leaves is what it was: compared on logits, one row that asked and one that did not."""
+    from trtllm_core.plugin import BranchView, LogitsBatch
+
+    context = runner.generation.loop.branches.slots.context
+    plugin = top_a.TopA()
+    plugin.setup(context)
+    plugin.begin(3, BranchView("0", 0, 3, (1,), SAMPLED, (), 7, top_a.TopA.Params(a=0.3)))
+    logits = runner.session.engine.table[:2].clone()
+    slot = torch.tensor([3, 0])
+    plugin.apply(logits, LogitsBatch(context, slot, torch.zeros_like(slot), torch.tensor([True, False])))
+    raw = runner.session.engine.table[:2]
+    chances = raw[0].softmax(0)
+    kept = chances >= 0.3 * chances.max() ** 2
+    assert 1 <= int(kept.sum()) < len(kept)
+    assert torch.equal(logits[0], raw[0].where(kept, torch.tensor(-math.inf)))
+    assert torch.equal(logits[1], raw[1])
+
+
+def test_top_a_is_left_out_of_a_greedy_request_and_refuses_wrong_parameters(runner: ModelRunner) -> None:
+    plan = runner.explain(SamplingConfig(logits_processors="top_a"))
+    assert any(note.startswith("top_a: left out") for note in plan.notes)
+    for wrong in ({"a": 2.0}, {"b": 1.0}):
+        with pytest.raises(ConfigError, match="'top_a'"):
+            runner.explain(SAMPLED.replace(logits_processors=use("top_a", **wrong)))
+
+
+def run(name: str, directory: Path) -> str:
+    """Run an example as a user does, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_try_top_a(tmp_path: Path) -> None:
+    free, cut, names = run("try_top_a.py", tmp_path).splitlines()
+    assert free.startswith("length (")
+    assert cut.startswith("length (")
+    assert free != cut
+    assert names == "['min_length', 'top_a', 'top_k_top_p', 'max_tokens']"
+
+
+def test_trace_prints_what_the_lifecycle_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "trace.py"))
+    printed = capsys.readouterr().out
+    page = (EXAMPLES.parent / "lifecycle.md").read_text(encoding="utf-8")
+    assert f"```text\n{printed}```" in page
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_quickstart(tmp_path: Path, smollm2_gguf: Path) -> None:
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2_gguf.resolve())
+    printed = run("quickstart.py", tmp_path)
+    first, rest = printed.split("['length']\n")
+    assert "Paris" in first
+    assert rest.strip(), "the stream printed text"
