@@ -17,7 +17,7 @@ from trtllm_core.config import FORMAT_VERSION, BuildConfig
 from trtllm_core.engine.build import build_engine
 from trtllm_core.engine.directory import read_config
 from trtllm_core.engine.load import load_directory, load_engine
-from trtllm_core.engine.weights import map_file, read_metadata, read_weights, write_weights
+from trtllm_core.engine.weights import Weights, map_file, read_metadata, write_weights
 from trtllm_core.errors import (
     ConfigError,
     EngineCorruptError,
@@ -104,7 +104,7 @@ def test_written_and_read(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     write_weights(path, shapes, dtype, reversed(tensors.items()), {"engine": '{"x": "ü"}'})
     theirs = load_file(path)
-    for ours in (read_weights(path, CPU), read_weights(map_file(path), CPU), read_weights(path.read_bytes(), CPU)):
+    for ours in (Weights(source, CPU).tensors for source in (path, map_file(path), path.read_bytes())):
         assert ours.keys() == theirs.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert torch.equal(theirs[name], tensor.to(dtype))

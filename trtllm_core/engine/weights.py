@@ -64,15 +64,41 @@ def write_weights(
             raise CheckpointError(f"the family's weight map lacks the module's parameters {listing(left)}")
 
 
-def read_weights(source: Path | bytes | memoryview, device: torch.device) -> dict[str, torch.Tensor]:
+class Weights:
     """All tensors of a safetensors file: on the CPU views of the mapping or buffer, elsewhere copies.
 
     Raises:
         EngineCorruptError: the file is missing, truncated or no safetensors file.
     """
-    if not isinstance(source, Path):
-        views = _parse(memoryview(source))
-        return {name: tensor.to(device) for name, tensor in views.items()}
+
+    def __init__(self, source: Path | bytes | memoryview, device: torch.device) -> None:
+        self._map: mmap.mmap | None = None
+        if isinstance(source, Path) and device.type == "cpu":
+            read_metadata(source)  # the library's own checks of the header and the length
+            buffer = map_file(source)
+            self._map = buffer.obj  # type: ignore[assignment]
+        elif isinstance(source, Path):
+            self.tensors = _read(source, device)
+            return
+        else:
+            buffer = memoryview(source)
+        self._start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() if self._map is not None else 0
+        self.tensors = {name: tensor.to(device) for name, tensor in _parse(buffer).items()}
+
+    def evict(self, tensor: torch.Tensor) -> None:
+        """Give back the memory of a mapped tensor's pages. It stays usable: they are read again when touched.
+
+        Nothing happens to tensors that do not lie in a mapped file.
+        """
+        if self._map is None:
+            return
+        begin = tensor.data_ptr() - self._start
+        first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+        if begin >= 0 and last > first and last * mmap.PAGESIZE <= len(self._map):
+            self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def _read(source: Path, device: torch.device) -> dict[str, torch.Tensor]:
     try:
         with safe_open(source, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,7 +110,7 @@ def read_metadata(source: Path | bytes | memoryview) -> dict[str, str]:
     """The metadata of a safetensors file.
 
     Raises:
-        EngineCorruptError: as for ``read_weights``.
+        EngineCorruptError: as for ``Weights``.
     """
     if not isinstance(source, Path):
         return dict(_header(memoryview(source))[0].get("__metadata__", {}))

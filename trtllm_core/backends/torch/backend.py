@@ -14,7 +14,7 @@ from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.backends.torch.kernels import choose_kernels
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
-from trtllm_core.engine.weights import is_safetensors, read_metadata, read_weights, write_weights
+from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, write_weights
 from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
 from trtllm_core.nn import RotaryEmbedding
 from trtllm_core.parallel import TensorParallel
@@ -74,7 +74,7 @@ class TorchBackend(Backend):
         batch_invariant: bool = False,
         **unknown: Any,
     ) -> TorchExecutable:
-        """See ``Backend``. Weights on the CPU stay a view of the mapped file.
+        """See ``Backend``. Weights on the CPU stay a view of the mapped file, or are packed for it.
 
         Raises:
             ConfigError: an unknown option, or ``parallel`` is not the rank that the file was built for.
@@ -85,17 +85,17 @@ class TorchBackend(Backend):
             raise ConfigError(f"the torch backend has no option {listing(unknown)}")
         device = _check_device(torch.device(device), config, batch_invariant)
         module = _meta_module(config, family, _check_rank(source, config, parallel))
-        tensors = read_weights(source, device)
+        weights = Weights(source, device)
         expected = {name: (tuple(one.shape), one.dtype) for name, one in module.named_parameters()}
-        found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
+        found = {name: (tuple(one.shape), one.dtype) for name, one in weights.tensors.items()}
         if found != expected:
             wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise EngineCorruptError(f"the engine's weights do not fit its config, first at {wrong!r}: build it again")
-        module.load_state_dict(tensors, assign=True)
+        module.load_state_dict(weights.tensors, assign=True)
         for layer in module.modules():
             if isinstance(layer, RotaryEmbedding):
                 layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))
-        choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant)
+        choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant, weights.evict)
         return TorchExecutable(config, module, device, batch_invariant)
 
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtllm_core.backends.torch.packing import can_pack, packed_linear
 from trtllm_core.nn import GatedMLP, Linear, RMSNorm
 from trtllm_core.nn.linear import MatMul
 from trtllm_core.nn.norm import Norm
-
-INVARIANT_TILE = 8
-"""Rows of one tile in batch-invariant mode."""
 
 WIDEN_FROM = 4
 """Rows from which ``widened_linear`` goes through float32."""
@@ -27,12 +25,22 @@ INVARIANT_ELEMENTS = 16384
 """Elements of one elementwise call in batch-invariant mode: few enough that PyTorch runs it on one thread."""
 
 
-def choose_kernels(module: nn.Module, device: torch.device, dtype: torch.dtype, batch_invariant: bool) -> None:
-    """Give every layer of the module the kernel that suits the machine. Called once the weights are in place."""
+def choose_kernels(
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_invariant: bool,
+    evict: Callable[[torch.Tensor], None] = lambda weight: None,
+) -> None:
+    """Give every layer of the module the kernel that suits the machine. Called once the weights are in place.
+
+    ``evict`` is told of weights that were copied into another layout: see ``Weights.evict``.
+    """
     kernel = invariant_linear if batch_invariant else _fastest(device, dtype)
+    pack = kernel is functional.linear and can_pack(device, dtype)
     for layer in module.modules():
         if isinstance(layer, Linear):
-            layer.matmul = kernel
+            layer.matmul = packed_linear(layer.weight, evict) if pack else kernel
         elif batch_invariant and isinstance(layer, GatedMLP):
             layer.activation = invariant_rows(layer.activation)
         elif isinstance(layer, RMSNorm) and device.type == "cpu" and dtype != torch.float32:
@@ -82,15 +90,15 @@ def doubled_rms_norm(weight: torch.Tensor, eps: float) -> Norm:
 
 
 def invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Every row goes through a product of exactly ``INVARIANT_TILE`` rows, padded with zeros.
+    """Every row is a product of its own, read from the same aligned place.
 
-    A library chooses its kernel, and with it the order of the sum, by the shape; with one shape there is one order.
+    A library chooses its kernel, and with it the order of the sum, by the shape and by how the memory lies; within a
+    tile of several rows it may compute the last ones in another way than the first.
     """
     rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
-    rows = functional.pad(rows, (0, 0, 0, -count % INVARIANT_TILE))
-    tiles = [functional.linear(tile, weight, bias) for tile in torch.split(rows, INVARIANT_TILE)]
-    return torch.cat(tiles)[:count].view(*x.shape[:-1], weight.shape[0])
+    row = torch.empty_like(rows[:1])
+    out = torch.cat([functional.linear(row.copy_(one), weight, bias) for one in torch.split(rows, 1)])
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def invariant_rows(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
