@@ -110,6 +110,38 @@ class Companions(DeviceLogitsProcessor):
         return [[1]]
 
 
+class StopFloat(DeviceStoppingCriterion):
+    reason = "never"
+
+    def check(self, batch):
+        return torch.zeros(len(batch.slot), dtype=self.dtype)
+
+    dtype = torch.float32
+
+
+class StopBool(StopFloat):
+    dtype = torch.bool
+
+
+class FloatSampler(Sampler):
+    def sample(self, logits, batch):
+        return logits.argmax(1).float()
+
+
+class OutsideSampler(Sampler):
+    """Right for two tokens, then beyond the vocabulary."""
+
+    def sample(self, logits, batch):
+        lengths = batch.context.lengths[batch.slot] - batch.context.prompt_lengths[batch.slot]
+        return torch.where(lengths < 2, logits.argmax(1), 10**6).int()
+
+
+class Silent(Decoder):
+    def select(self, logits, batch):
+        none = torch.zeros(len(logits), dtype=torch.int64)
+        return Selection(none[:, None], none)
+
+
 class Bad:
     """All of them, as a plugin."""
 
@@ -124,13 +156,13 @@ class Bad:
 
     @hookimpl
     def trtllm_register_stopping_criteria(self, registrar):
-        for cls in (StopRaises, StopWrong, DeviceStopWrong):
+        for cls in (StopRaises, StopWrong, DeviceStopWrong, StopFloat, StopBool):
             registrar.add(cls.__name__, cls)
 
     @hookimpl
     def trtllm_register_decoders(self, registrar):
-        registrar.add("BadSampler", BadSampler)
-        registrar.add("Branching", Branching)
+        for cls in (BadSampler, Branching, FloatSampler, OutsideSampler, Silent):
+            registrar.add(cls.__name__, cls)
 
 
 @pytest.fixture(scope="module")
@@ -159,19 +191,20 @@ GOOD = SamplingConfig(top_k=0, top_p=0.9, random_seed=3, end_id=(), max_new_toke
         ({"stopping_criteria": "StopRaises"}, PluginRuntimeError, "'StopRaises' raised ValueError: stop"),
         ({"stopping_criteria": "StopWrong"}, PluginContractError, "'StopWrong' returned a bool"),
         ({"stopping_criteria": "DeviceStopWrong"}, PluginContractError, "'DeviceStopWrong' returned"),
-        ({"decoder": "BadSampler", "top_p": 0.0, "random_seed": None}, PluginContractError, "one token for each"),
-        (
-            {"decoder": "Branching", "top_p": 0.0, "top_k": 1, "random_seed": None},
-            PluginContractError,
-            "'Branching' wants to branch",
-        ),
+        ({"stopping_criteria": "StopFloat"}, PluginContractError, "'StopFloat' returned"),
+        ({"stopping_criteria": "StopBool"}, PluginContractError, "'StopBool' returned"),
+        ({"decoder": "BadSampler"}, PluginContractError, "one token for each"),
+        ({"decoder": "Branching"}, PluginContractError, "'Branching' wants to branch"),
+        ({"decoder": "FloatSampler"}, PluginContractError, "'FloatSampler' returned torch.float32 .* as tokens"),
+        ({"decoder": "OutsideSampler"}, PluginContractError, "'OutsideSampler' chose token 1000000, outside"),
+        ({"decoder": "Silent"}, PluginContractError, "'Silent' chose 0 of 1 tokens"),
     ],
 )
 def test_who_uses_a_broken_plugin_fails_and_the_others_do_not_notice(runner, fields, error, words):
     expected = runner.generate(PROMPTS, GOOD)["outputs"]
     bad = GOOD.replace(**fields)
     if "decoder" in fields:
-        bad = SamplingConfig(decoder=fields["decoder"], end_id=(), max_new_tokens=12)
+        bad = SamplingConfig(decoder=fields["decoder"], end_id=(), max_new_tokens=12, output_log_probs=True)
     got = runner.generate(PROMPTS, [GOOD, bad, GOOD])["outputs"]
     assert got[1].finish_reason == "plugin_error"
     assert isinstance(got[1].error, error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from trtllm_core import GenerationSession, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, Session
 from trtllm_core.config import BuildConfig
-from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.errors import CapacityError, ConfigError, PluginContractError
+from trtllm_core.plugin.kv_policy import Edits
 from trtllm_core.testing.markov import MarkovExecutable
 
 PROMPTS = [[5, 6, 7], [11], [3] * 20, [9, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42, 17]]
@@ -139,6 +142,9 @@ def test_policies_give_the_same_tokens(plugins, policy):
         ([[1]] * 9, {}, CapacityError, "max_batch_size 8"),
         ([[1]], {"temprature": 2}, ConfigError, "no field 'temprature'"),
         ([[1]], {"top_p": 2.0}, ConfigError, "top_p"),
+        ([[1]], {"output_log_probs": True}, ConfigError, "'output_log_probs': .* return_dict"),
+        ([[1]], {"output_sequence_lengths": True}, ConfigError, "'output_sequence_lengths': .* return_dict"),
+        ([[1]], {"text": True}, ConfigError, "'text': .* return_dict"),
         ([[1]], {"num_beams": 4}, ConfigError, "num_beams=4"),
         ([[1]], {"top_p_decay": 0.5}, ConfigError, "top_p_decay=0.5"),
         ([[1]], {"stop_strings": "x"}, ConfigError, "text"),
@@ -171,6 +177,9 @@ def test_generation_session_checks_its_setup(plugins):
         session.setup(99, 3, 4)
     with pytest.raises(ConfigError, match="window"):
         session.setup(1, 3, 4, max_attention_window_size=8)
+    beams = MarkovExecutable(build=BuildConfig(max_seq_len=64, max_input_len=32, max_beam_width=4))
+    with pytest.raises(ConfigError, match="beam_width is 4"):
+        GenerationSession(None, Session(beams), plugins=plugins).setup(1, 3, 4, beam_width=4)
 
 
 def test_stop_and_bad_words_of_decode(plugins):
@@ -212,3 +221,42 @@ def test_explain_names_consumers_and_what_was_left_out(plugins):
         .explain(SamplingConfig(temperature=0.7, repetition_penalty=1.1, bad_words_list=[[1]]))
         .digest()
     )
+
+
+@pytest.mark.parametrize("policy", ["paged", "contiguous"])
+def test_a_later_request_too_large_for_the_pool_is_refused_before_anybody_starts(plugins, policy):
+    build = BuildConfig(max_batch_size=2, max_input_len=100, max_seq_len=128, tokens_per_block=8)
+    r = runner(plugins, build=build, kv_cache=KVCacheConfig(policy=policy, max_tokens=64))
+    with pytest.raises(
+        CapacityError, match="100 prompt tokens and max_new_tokens 20 need 120 .*KVCacheConfig.max_tokens"
+    ):
+        r.generate([[1], [1] * 100], max_new_tokens=20, end_id=())
+    assert r.session.engine.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: replace(p, positions=p.room), "Placement.positions"),
+        (lambda p: replace(p, edits=Edits(moves=((0, 0, 1),))), "Edits.moves"),
+    ],
+)
+def test_a_policy_that_wants_more_than_the_loop_does_is_refused(plugins, change, words, monkeypatch):
+    r = runner(plugins)
+    policy = r.generation.loop.cache.policy
+    extend = policy.extend
+    monkeypatch.setattr(policy, "extend", lambda slots, counts: change(extend(slots, counts)))
+    with pytest.raises(PluginContractError, match=f"PagedPolicy returned {words}"):
+        r.generate([[1]], end_id=())
+    assert r.session.engine.calls == 0
+    assert r.generation.loop.branches.slots.free == 8
+
+
+def test_ranks_must_draw_alike(plugins):
+    build = BuildConfig(max_batch_size=8, max_input_len=127, max_seq_len=128, tokens_per_block=8, tp_size=2)
+    r = runner(plugins, build=build, vocab_size=98)
+    sampled = SamplingConfig(top_k=0, top_p=0.9, end_id=(), max_new_tokens=3)
+    with pytest.raises(ConfigError, match="give random_seed: .* 2 ranks must draw alike"):
+        r.generate([[1]], sampled)
+    assert r.generate([[1]], sampled.replace(random_seed=1)).shape == (1, 1, 4)
+    assert r.generate([[1]], end_id=(), max_new_tokens=3).shape == (1, 1, 4), "greedy needs none"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine
+from trtllm_core.plugin import DeviceLogitsProcessor
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
@@ -147,3 +149,46 @@ def test_stop_string_cuts_the_text(runner, prompts):
     assert (out.text, out.finish_reason, out.matched) == ("The capital of France", "stop_string", " is Par")
     deltas = runner.generate([prompts[0]], config, text=True, streaming=True)
     assert "".join(delta.text for delta in deltas) == "The capital of France", "and nothing of it was shown before"
+
+
+class Counts(DeviceLogitsProcessor):
+    """Reads all logits and keeps a count: the least that a plugin with state does."""
+
+    def setup(self, context):
+        self.tokens = torch.zeros(context.slots, dtype=torch.int64)
+        self.largest = torch.zeros(context.slots)
+
+    def apply(self, logits, batch):
+        self.largest[batch.slot] = logits.amax(-1)
+
+    def commit(self, batch):
+        self.tokens[batch.slot] += batch.counts
+
+
+def test_five_plugins_cost_at_most_three_percent_of_a_step(runner, prompts):
+    """All that the pipeline does for them, over the time of the steps it is part of: load on the machine slows both."""
+    pipeline, loop = runner.generation.loop.branches.pipeline, runner.generation.loop
+    spent = dict.fromkeys(("apply", "commit", "step"), 0.0)
+
+    def timed(name, function):
+        def call(*args):
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return call
+
+    counters = [type(f"Counts{i}", (Counts,), {})() for i in range(5)]
+    for owner, name in ((pipeline, "apply"), (pipeline, "commit"), (loop, "step")):
+        setattr(owner, name, timed(name, getattr(owner, name)))
+    try:
+        runner.generate([prompts[0]], GREEDY.replace(max_new_tokens=32), logits_processor=counters)
+    finally:
+        for owner, name in ((pipeline, "apply"), (pipeline, "commit"), (loop, "step")):
+            delattr(owner, name)
+    assert all(int(counter.tokens.sum()) == 32 for counter in counters)
+    share = (spent["apply"] + spent["commit"]) / spent["step"]
+    print(f"five plugins: {share:.2%} of a step of {spent['step'] / 32 * 1e3:.1f} ms")
+    assert share <= 0.03

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import closing
+from typing import Any, Self
 
 import torch
 
@@ -17,7 +18,7 @@ from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.making import make_cache
 from trtllm_core.loop import StepLoop
-from trtllm_core.outputs import BatchIds, GenerationOutput, batch_result, output_of
+from trtllm_core.outputs import BatchIds, GenerationOutput, batch_result, check_ids_suffice, output_of
 from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
 from trtllm_core.plugin.observer import SessionStats
 from trtllm_core.properties import EngineProperties
@@ -79,6 +80,7 @@ class GenerationSession(EngineProperties):
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self._batch = StaticBatch(self.loop)
         self._shape: tuple[int, int, int] | None = None
+        self._closed = False
         self.plugins.on_session_start(self._stats())
 
     # -- the classic calls ---------------------------------------------------------------------------------------
@@ -99,6 +101,8 @@ class GenerationSession(EngineProperties):
             ConfigError: a window, sinks or beams, which the engine's cache and decoders do not offer.
         """
         build = self.config.build
+        if beam_width != 1:
+            raise ConfigError(f"beam_width is {beam_width}, but no decoder here searches with beams: leave it at 1")
         if max_attention_window_size is not None or sink_token_length:
             raise ConfigError(
                 "max_attention_window_size and sink_token_length are not honoured by the KV policy "
@@ -108,7 +112,6 @@ class GenerationSession(EngineProperties):
             ("batch_size", batch_size, build.max_batch_size),
             ("max_context_length", max_context_length, build.max_input_len),
             ("max_context_length + max_new_tokens", max_context_length + max_new_tokens, build.max_seq_len),
-            ("beam_width", beam_width, build.max_beam_width),
         ):
             if not 1 <= asked <= most:
                 raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
@@ -140,10 +143,14 @@ class GenerationSession(EngineProperties):
         Returns:
             int32 ``[batch, 1, max_seq_len]`` of prompt and generated tokens, or with ``return_dict`` a dictionary
             with ``output_ids``, ``sequence_lengths``, ``cum_log_probs``, ``log_probs``, ``finish_reasons`` and
-            ``outputs`` (a ``GenerationOutput`` each), the middle ones where they were asked for.
+            ``outputs`` (a ``GenerationOutput`` each), the middle ones where they were asked for. With ``streaming``
+            an iterator over ``Delta``, whether or not ``return_dict`` is set.
 
         Raises:
-            ConfigError: ``setup`` was not called, or for less than this.
+            ConfigError: ``setup`` was not called, or for less than this; or something was asked for that the result
+                has no place for.
+            PluginError: without ``return_dict``, what a plugin raised, after all sequences have ended. With it, it is
+                in the sequence's ``GenerationOutput``.
         """
         changes: dict[str, Any] = {
             "stop_words_list": stop_words_list,
@@ -177,12 +184,20 @@ class GenerationSession(EngineProperties):
 
     def decode_regular(self, requests: Sequence[Request]) -> Any:
         """Run requests to their ends. Returns as ``decode``."""
-        return batch_result(requests, self.outputs(requests), self.loop.branches.end_ids)
+        if any(request.sampling.return_dict for request in requests):
+            return batch_result(requests, self.outputs(requests), self.loop.branches.end_ids)
+        check_ids_suffice(requests)
+        outputs = self.outputs(requests)
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return batch_result(requests, outputs, self.loop.branches.end_ids)
 
     def decode_stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
         """Run requests and yield what each step adds to each; ``request_id`` is the index in the batch."""
-        for deltas in self._batch.run(requests, {}):
-            yield from deltas
+        with closing(self._batch.run(requests, {})) as steps:
+            for deltas in steps:
+                yield from deltas
 
     # -- the batch -----------------------------------------------------------------------------------------------
 
@@ -199,8 +214,16 @@ class GenerationSession(EngineProperties):
         return [output_of(branches[request.request_id], seconds) for request in requests]
 
     def close(self) -> None:
-        """Tell the observers that the session is over."""
-        self.plugins.on_session_end(self._stats())
+        """Tell the observers that the session is over, once."""
+        if not self._closed:
+            self._closed = True
+            self.plugins.on_session_end(self._stats())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _requests(
         self,
@@ -223,12 +246,18 @@ class GenerationSession(EngineProperties):
 
     def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
         """The whole ``output_ids`` after each step that added something."""
+        check_ids_suffice(requests)
         batch = BatchIds(requests, self.loop.branches.end_ids)
-        for deltas in self._batch.run(requests, {}):
-            for delta in deltas:
-                batch.add(int(delta.request_id), delta.tokens)
-            if deltas:
-                yield batch.ids.clone()
+        errors = []
+        with closing(self._batch.run(requests, {})) as steps:
+            for deltas in steps:
+                for delta in deltas:
+                    batch.add(int(delta.request_id), delta.tokens)
+                    errors += [delta.error] if delta.error is not None else []
+                if deltas:
+                    yield batch.ids.clone()
+        if errors:
+            raise errors[0]
 
     def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
         if self._shape is None:

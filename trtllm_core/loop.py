@@ -54,7 +54,7 @@ class StepLoop:
 
         Raises:
             CapacityError: it could not run even alone.
-            ConfigError, PluginError: its plan cannot be made.
+            ConfigError, PluginError: its plan cannot be made, or a plugin refuses what it asks for.
         """
         return self.branches.admit(request, self.cache)
 
@@ -63,6 +63,7 @@ class StepLoop:
         """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them."""
         started = time.perf_counter()
         rows = self._rows(slots, counts)
+        generation = self._generation_tokens(rows) if self.plugins.observes_steps else 0
         self.cache.extend(rows.slots, rows.counts)
         logits = self._run(rows)
         self.cache.commit(rows.slots, rows.counts)
@@ -77,7 +78,7 @@ class StepLoop:
             selection = self.branches.choosers.select(given, slot, self._offsets[: len(asking)])
             verdict = self.branches.rules.check(selection, slot, asking.tolist())
             deltas = self._commit(asking, slot, scores, selection, verdict)
-        self._observe(rows, started)
+        self._observe(rows, generation, started)
         return deltas
 
     @torch.inference_mode()
@@ -121,11 +122,16 @@ class StepLoop:
             self.release(branch.slot)
         return deltas
 
-    def _observe(self, rows: Rows, started: float) -> None:
+    def _generation_tokens(self, rows: Rows) -> int:
+        """Tokens of rows whose whole prompt is in the cache before the step."""
+        past = self.cache.cached[rows.slots]
+        prompts = np.array([len(self.branches.live[slot].request.prompt) for slot in rows.slots.tolist()])
+        return int(rows.counts[past >= prompts].sum())
+
+    def _observe(self, rows: Rows, generation: int, started: float) -> None:
         self.steps += 1
         if not self.plugins.observes_steps:
             return
-        generation = int(((rows.counts == 1) & rows.asking).sum())
         self.plugins.on_step_end(
             StepStats(
                 step=self.steps,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trtllm_core.decoding.request import Branch, Request
+from trtllm_core.errors import ConfigError, listing
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ def output_of(branch: Branch, plugin_seconds: dict[str, float]) -> GenerationOut
         matched=None if branch.stop is None else branch.stop.matched,
         plugin_seconds=plugin_seconds,
     )
+
+
+def check_ids_suffice(requests: Sequence[Request]) -> None:
+    """Refuse what a tensor of token ids would drop.
+
+    Raises:
+        ConfigError: text, lengths or log-probabilities were asked for.
+    """
+    names = ("output_log_probs", "output_cum_log_probs", "output_sequence_lengths")
+    asked = {name for request in requests for name in names if getattr(request.sampling, name)}
+    asked |= {"text" for request in requests if request.text}
+    if asked:
+        raise ConfigError(f"{listing(asked)}: a tensor of token ids has no place for it; ask for return_dict=True")
 
 
 class BatchIds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -128,6 +128,7 @@ class ModelRunner(EngineProperties):
         Raises:
             CapacityError: more prompts, longer ones, or more new tokens than the engine was built for.
             ConfigError: token ids outside the vocabulary, an unknown field, or one that nothing honours.
+            PluginError: as ``GenerationSession.decode``.
         """
         if not batch_input_ids:
             raise ConfigError("there is no prompt to generate from")
@@ -149,5 +150,11 @@ class ModelRunner(EngineProperties):
         return self.generation.explain(sampling_config)
 
     def close(self) -> None:
-        """Tell the observers that the session is over."""
+        """Tell the observers that the session is over, once."""
         self.generation.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

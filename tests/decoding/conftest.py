@@ -79,7 +79,6 @@ class Floor:
             torch.tensor(offsets if offsets is not None else [0] * n),
             torch.tensor(active if active is not None else [True] * n),
             None if draft is None else torch.from_numpy(draft.astype(np.int32)),
-            "generation" if draft is None else "verify",
         )
 
     def commit_batch(

@@ -8,7 +8,6 @@ import torch
 from trtllm_core.config import EngineConfig
 from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
-from trtllm_core.decoding.host import HostCriterionAdapter
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.plan import Planner
 from trtllm_core.decoding.random import slot_key
@@ -17,7 +16,7 @@ from trtllm_core.decoding.samplers import log_probs
 from trtllm_core.decoding.slots import Slots
 from trtllm_core.decoding.stages import CommittedRows, Stages
 from trtllm_core.decoding.stopping import StoppingRules, Verdict
-from trtllm_core.errors import ConfigError, PluginError
+from trtllm_core.errors import ConfigError, PluginContractError, PluginError
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.plugin import BranchView, Selection
 
@@ -66,7 +65,8 @@ class BranchTable:
 
     def admit(self, request: Request, cache: KVCache) -> Branch | None:
         """See ``StepLoop.admit``."""
-        plan = self.planner.plan(request.sampling, request.processors, request.criteria)
+        beside = [stage.item for stage in self.pipeline.live]
+        plan = self.planner.plan(request.sampling, request.processors, request.criteria, beside)
         if request.text and self._token_bytes is None:
             raise ConfigError("text was asked for, but the engine has no tokenizer")
         if not self.slots.free:
@@ -76,11 +76,21 @@ class BranchTable:
             if cache.admit(slot, request.prompt, request.sampling.max_new_tokens) is None:
                 self.slots.give(slot)
                 return None
-        except Exception:
+        except BaseException:
             self.slots.give(slot)
             raise
-        branch = Branch(request, plan, slot)
-        self.live[slot] = branch
+        branch = self.live[slot] = Branch(request, plan, slot)
+        try:
+            self._begin(branch)
+        except BaseException:
+            self.release(slot)
+            cache.release(np.array([slot]))
+            raise
+        return branch
+
+    def _begin(self, branch: Branch) -> None:
+        """Everything that is kept by slot learns of a branch. A plugin that fails ends it at once."""
+        request, plan, slot = branch.request, branch.plan, branch.slot
         self.slots.begin(slot, request.prompt, slot_key(request.seed, branch.number))
         end_ids = self.end_ids if request.sampling.end_id is None else request.sampling.end_id
         view = BranchView(
@@ -95,7 +105,6 @@ class BranchTable:
             self.rules.begin(plan.criteria, view)
         except PluginError as error:
             branch.finish("plugin_error", error=error)
-        return branch
 
     def commit(
         self, slots: np.ndarray, slot: torch.Tensor, scores: torch.Tensor, selection: Selection, verdict: Verdict
@@ -105,6 +114,9 @@ class BranchTable:
         branches = [self.live[s] for s in slots.tolist()]
         new, counts = [], []
         for branch, tokens, stop in zip(branches, verdict.tokens, verdict.stops, strict=True):
+            if branch.slot in verdict.wrong:
+                what = f"decoder {branch.plan.decoder.name!r} {verdict.wrong[branch.slot]}"
+                failures.setdefault(branch.slot, PluginContractError(what))  # one that failed before chose nothing
             if branch.slot in failures:
                 branch.finish("plugin_error", error=failures[branch.slot])
                 tokens = []
@@ -121,15 +133,22 @@ class BranchTable:
         rows = CommittedRows(slot, selection.tokens, count, slots.tolist(), new)
         for stages in self.stages:
             stages.commit(rows)
-        for number, error in self._failures().items():
-            self.live[number].finish("plugin_error", error=error)
-        return self._tell(branches, new, self._log_probs(branches, scores, selection))
+        held = [
+            self.rules.pending(b.slot) if b.slot in self._streams and b.finish_reason is None else 0 for b in branches
+        ]
+        failures = self._failures() | failures  # of several failures of a branch, the first is told
+        for branch in branches:
+            if branch.slot in failures:
+                branch.finish("plugin_error", error=failures.pop(branch.slot))
+        deltas = self._tell(branches, new, held, self._log_probs(scores, selection))
+        # What is left had no token to choose yet: its prompt is longer than a step.
+        return deltas + [self.abort(number, "plugin_error", error) for number, error in failures.items()]
 
-    def abort(self, slot: int, reason: str) -> Delta:
+    def abort(self, slot: int, reason: str, error: Exception | None = None) -> Delta:
         """End a branch between steps."""
         branch = self.live[slot]
-        branch.finish(reason)
-        return self._tell([branch], [[]], None)[0]
+        branch.finish(reason, error=error)
+        return self._tell([branch], [[]], [0], None)[0]
 
     def take_finished(self) -> list[Branch]:
         """Branches that ended since the last call, still in their slots."""
@@ -146,26 +165,34 @@ class BranchTable:
 
     def plugin_seconds(self) -> dict[str, float]:
         """Host time by plugin since the session began."""
-        return {name: seconds for stages in self.stages for name, seconds in stages.seconds().items()}
+        total: dict[str, float] = {}
+        for stages in self.stages:
+            for name, seconds in stages.seconds().items():
+                total[name] = total.get(name, 0.0) + seconds
+        return total
 
     def _failures(self) -> dict[int, PluginError]:
         return {slot: error for stages in self.stages for slot, error in stages.take_failures().items()}
 
-    def _log_probs(
-        self, branches: list[Branch], scores: torch.Tensor, selection: Selection
-    ) -> list[list[float]] | None:
+    def _log_probs(self, scores: torch.Tensor, selection: Selection) -> list[list[float]] | None:
         if not self.wants_log_probs:
             return None
         given = selection.log_probs
         return (log_probs(scores, selection.tokens) if given is None else given).tolist()
 
-    def _tell(self, branches: list[Branch], new: list[list[int]], log_probs: list[list[float]] | None) -> list[Delta]:
+    def _tell(
+        self,
+        branches: list[Branch],
+        new: list[list[int]],
+        held: list[int],
+        log_probs: list[list[float]] | None,
+    ) -> list[Delta]:
         deltas = []
         for i, (branch, tokens) in enumerate(zip(branches, new, strict=True)):
             branch.generated += tokens
             chances = log_probs[i][: len(tokens)] if log_probs is not None and branch.plan.log_probs else []
             branch.log_probs += chances
-            text = self._text(branch, tokens)
+            text = self._text(branch, tokens, held[i])
             branch.text += text
             deltas.append(
                 Delta(
@@ -176,20 +203,12 @@ class BranchTable:
                 self._finished.append(branch)
         return deltas
 
-    def _text(self, branch: Branch, tokens: list[int]) -> str:
+    def _text(self, branch: Branch, tokens: list[int], held: int) -> str:
         stream = self._streams.get(branch.slot)
         if stream is None:
             return ""
         if branch.finish_reason is None:
-            return stream.push(tokens, self._held(branch.slot))
+            return stream.push(tokens, held)
         stop = branch.stop
         shown = tokens[:-1] if stop is not None and not stop.counted else tokens
         return stream.finish(shown, stop.trim_text if stop is not None else 0)
-
-    def _held(self, slot: int) -> int:
-        pending = (
-            stage.plugin.pending_text(slot)
-            for stage in self.rules.live
-            if isinstance(stage.plugin, HostCriterionAdapter) and slot in stage.members
-        )
-        return max(pending, default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
@@ -56,7 +55,6 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         slot: torch.Tensor,
         offset: torch.Tensor,
         draft: torch.Tensor | None = None,
-        phase: Literal["context", "generation", "verify"] = "generation",
     ) -> torch.Tensor:
         """Process ``raw`` (float32 ``[n, vocab_size_padded]``, left as it is); returns the result, same shape.
 
@@ -67,7 +65,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         while stages:
             logits = self._work[: raw.shape[0]].copy_(raw)
             for stage in stages:
-                batch = LogitsBatch(self.context, slot, offset, stage.flags[slot], draft, phase)
+                batch = LogitsBatch(self.context, slot, offset, stage.flags[slot], draft)
                 try:
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
                 except PluginError as error:

@@ -8,10 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import BaseModel
+
 from trtllm_core.config import PluginUse, SamplingConfig
 from trtllm_core.decoding.order import ordered
 from trtllm_core.errors import ConfigError, PluginContractError, PluginError, PluginRuntimeError, listing
-from trtllm_core.plugin import BranchView, Decoder, LogitsProcessor, Plugins, Sampler, StoppingCriterion
+from trtllm_core.plugin import (
+    BranchView,
+    Decoder,
+    HostLogitsProcessor,
+    HostStoppingCriterion,
+    LogitsProcessor,
+    Plugins,
+    Sampler,
+    StoppingCriterion,
+)
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.plugin.registrar import Entry, Registry
 
@@ -32,6 +43,9 @@ CORE_FIELDS = frozenset(
 UNUSED = ((LogitsProcessor, "companions"), (Decoder, "plan"), (Decoder, "propose"), (Decoder, "finalize"))
 """Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
 
+HOST_ONLY = {"begin": "start", "commit": "accept", "fork": "copy", "rewind": "take_back"}
+"""What the adapters of host plugins do with a slot, and the method of the plugin that they call for it."""
+
 
 @dataclass(frozen=True)
 class PlanItem:
@@ -47,6 +61,8 @@ class PlanItem:
     """Order of registration, which decides where nothing else does."""
     consumes: frozenset[str] = frozenset()
     params: Any = None
+    passed: bool = False
+    """The user passed the object in: it is forgotten with the last branch that uses it."""
 
     def view(self, view: BranchView) -> BranchView:
         """What this plugin is shown of a branch: the view with its own parameters."""
@@ -89,13 +105,16 @@ class Planner:
         sampling: SamplingConfig,
         processors: Sequence[LogitsProcessor] = (),
         criteria: Sequence[StoppingCriterion] = (),
+        beside: Iterable[PlanItem] = (),
     ) -> Plan:
         """The plan of a request; ``processors`` and ``criteria`` are objects that the user passed in.
 
+        ``beside`` are the processors of requests that it will run together with: a session has one order for all.
+
         Raises:
             ConfigError: a field that nobody honours, a wish that this session cannot meet, an order that
-                contradicts itself, or parameters that a plugin refuses.
-            PluginError: a plugin that is not there or cannot be made.
+                contradicts itself or that of other requests, or parameters that a plugin refuses.
+            PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
         decoder = self._decoder(sampling)
         chosen = self._chosen("logits_processor", sampling, sampling.logits_processors, processors, LogitsProcessor)
@@ -111,9 +130,13 @@ class Planner:
         for item in (decoder, *chosen, *stops):
             missing = item.plugin.capabilities.needs - self.offers  # type: ignore[attr-defined]
             missing |= {name for base, name in UNUSED if _overrides(item.plugin, base, name)}
+            if getattr(item.plugin, "scope", "row") != "row":
+                missing |= {f"scope={item.plugin.scope}"}  # type: ignore[attr-defined]
             if missing:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
-        return Plan(decoder, tuple(ordered(chosen)), tuple(stops), consumers, tuple(notes), log_probs)
+        chosen = ordered(chosen)
+        _check_beside(chosen, beside)
+        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs)
 
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
@@ -138,7 +161,11 @@ class Planner:
         for number, thing in enumerate(objects):
             _check_kind(type(thing).__name__, thing, (base,), kind)
             rank = len(list(registry)) + number
-            items.append(PlanItem(type(thing).__name__, thing, "passed to generate", id(thing), rank))
+            items.append(PlanItem(type(thing).__name__, thing, "passed to generate", id(thing), rank, passed=True))
+        keys = [item.key for item in items]
+        for item in items:
+            if keys.count(item.key) > 1:
+                raise ConfigError(f"{kind.replace('_', ' ')} {item.name!r} is there twice in one request; use it once")
         return items
 
     def _item(self, kind: str, registry: Registry[Any], use: PluginUse, bases: tuple[type, ...]) -> PlanItem:
@@ -185,9 +212,24 @@ def _check_kind(name: str, thing: object, bases: tuple[type, ...], kind: str) ->
     if not isinstance(thing, bases):
         wanted = " or ".join(base.__name__ for base in bases)
         raise PluginContractError(f"{kind.replace('_', ' ')} {name!r} is a {type(thing).__name__}, not a {wanted}")
+    for host in (HostLogitsProcessor, HostStoppingCriterion):
+        for method, instead in HOST_ONLY.items():
+            if _overrides(thing, host, method):
+                raise PluginContractError(
+                    f"plugin {name!r} is a {host.__name__} and has {method}, which is never called: write {instead}"
+                )
 
 
-def _overrides(plugin: SlotPlugin, base: type, name: str) -> bool:
+def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem]) -> None:
+    keys = {item.key for item in chosen}
+    others = {item.key: item for item in beside if item.key not in keys}
+    try:
+        ordered([*others.values(), *chosen])
+    except ConfigError as error:
+        raise ConfigError(f"this request cannot run together with others of its session: {error}") from error
+
+
+def _overrides(plugin: object, base: type, name: str) -> bool:
     return isinstance(plugin, base) and getattr(type(plugin), name) is not getattr(base, name)
 
 
@@ -196,10 +238,23 @@ def _params(plugin: SlotPlugin, use: PluginUse) -> Any:
         if use.params:
             raise ConfigError(f"plugin {use.name!r} takes no parameters, but was given {listing(use.params)}")
         return None
+    _check_names(plugin.Params, use)
     try:
         return plugin.Params(**use.params)
     except ValueError as error:
         raise ConfigError(f"plugin {use.name!r}: {error}") from error
+
+
+def _check_names(model: type[BaseModel], use: PluginUse) -> None:
+    """A plain pydantic model passes over names that it does not know."""
+    if model.model_config.get("extra") == "allow":
+        return
+    fields = model.model_fields.items()
+    known = {n for name, f in fields for n in (name, f.alias, f.validation_alias) if isinstance(n, str)}
+    if all(f.validation_alias is None or isinstance(f.validation_alias, str) for _, f in fields):
+        unknown = use.params.keys() - known
+        if unknown:
+            raise ConfigError(f"plugin {use.name!r} has no parameter {listing(unknown)}; it has {listing(known)}")
 
 
 def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str, tuple[str, ...]]:

@@ -24,12 +24,12 @@ def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: float32 ``[n, vocab]``.
-        tokens: int64 ``[n, k]``.
+        tokens: int64 ``[n, k]``; what is undefined there, or no token, gets an undefined value.
 
     Returns:
         float32 ``[n, k]``.
     """
-    return logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)
+    return logits.gather(1, tokens.clamp(0, logits.shape[1] - 1)) - logits.logsumexp(dim=1, keepdim=True)
 
 
 class Greedy(Sampler):

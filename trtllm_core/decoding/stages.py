@@ -11,7 +11,7 @@ import torch
 
 from trtllm_core.decoding.host import HostAdapter
 from trtllm_core.decoding.plan import PlanItem
-from trtllm_core.errors import PluginError, PluginRuntimeError
+from trtllm_core.errors import ConfigError, PluginError, PluginRuntimeError
 from trtllm_core.plugin import BranchView, CommitBatch, DecodingContext
 from trtllm_core.plugin.lifecycle import SlotPlugin
 
@@ -68,6 +68,27 @@ class Stage(Generic[P]):
         finally:
             self.seconds += time.perf_counter() - start
 
+    def begin(self, item: PlanItem, view: BranchView) -> None:
+        """A branch joins. ``item`` is that of its own plan, with its own parameters.
+
+        Raises:
+            ConfigError: the plugin refuses what the request asks of it: the user's mistake, and told as one.
+            PluginError: it raised anything else.
+        """
+        try:
+            self.call(self.plugin.begin, view.slot, item.view(view))
+        except PluginRuntimeError as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise
+        self.members.add(view.slot)
+        self.flags[view.slot] = True
+
+
+def _by_rank(items: list[PlanItem]) -> list[PlanItem]:
+    """As they were registered: never as they came to be used, which depends on the company."""
+    return sorted(items, key=lambda item: item.rank)
+
 
 class Stages(Generic[P]):
     """All plugins of one kind in a session, in the order in which they run.
@@ -79,7 +100,7 @@ class Stages(Generic[P]):
         self,
         context: DecodingContext,
         wrap: Callable[[Any], P],
-        order: Callable[[list[PlanItem]], list[PlanItem]] = list,
+        order: Callable[[list[PlanItem]], list[PlanItem]] = _by_rank,
     ) -> None:
         self.context = context
         self.live: list[Stage[P]] = []
@@ -88,6 +109,7 @@ class Stages(Generic[P]):
         """Slot to what failed it, since ``take_failures``."""
         self._all: dict[object, Stage[P]] = {}
         self._of: dict[int, list[Stage[P]]] = {}
+        self._spent: dict[str, float] = {}  # seconds of stages that are gone
         self._wrap = wrap
         self._order = order
 
@@ -95,17 +117,16 @@ class Stages(Generic[P]):
         """A branch starts with these plugins. All of them begin, or none is left behind.
 
         Raises:
+            ConfigError: one refuses what the request asks of it.
             PluginError: one could not be made or raised.
         """
         self._of[view.slot] = []
         try:
             for item in items:
                 stage = self._stage(item)
-                stage.call(stage.plugin.begin, view.slot, item.view(view))
-                stage.members.add(view.slot)
-                stage.flags[view.slot] = True
+                stage.begin(item, view)
                 self._of[view.slot].append(stage)
-        except PluginError:
+        except Exception:
             self.end(view.slot)
             raise
         finally:
@@ -164,8 +185,11 @@ class Stages(Generic[P]):
         return failures
 
     def seconds(self) -> dict[str, float]:
-        """Host time by plugin since the session began."""
-        return {stage.name: stage.seconds for stage in self._all.values()}
+        """Host time by plugin since the session began. Objects of one name are counted together."""
+        seconds = dict(self._spent)
+        for stage in self._all.values():
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.seconds
+        return seconds
 
     def _fail(self, stage: Stage[P], error: PluginError) -> None:
         stage.error = error
@@ -181,5 +205,9 @@ class Stages(Generic[P]):
         return stage
 
     def _refresh(self) -> None:
+        for key, stage in list(self._all.items()):
+            if stage.item.passed and not stage.members:  # the user's object: nothing here would use it again
+                self._spent[stage.name] = self._spent.get(stage.name, 0.0) + stage.seconds
+                del self._all[key]
         live = {stage.item.key: stage for stage in self._all.values() if stage.members}
         self.live = [live[item.key] for item in self._order([stage.item for stage in live.values()])]

@@ -30,6 +30,8 @@ class Verdict:
     tokens: list[list[int]]
     """What was chosen, before any cut."""
     stops: list[Stop | None]
+    wrong: dict[int, str]
+    """Slots whose decoder chose what is no token, and what that was. They have no tokens here."""
 
 
 class StoppingRules(Stages[Criterion]):
@@ -53,12 +55,41 @@ class StoppingRules(Stages[Criterion]):
         for stage in device:
             columns.append(self._ask(stage, selection, slot).unsqueeze(1))
         table = torch.cat(columns, 1).tolist()
-        tokens = [row[: row[width]] for row in table]
+        tokens, wrong = self._known(slots, [(row[:width], row[width]) for row in table])
         stops = [self._earliest(device, row[width + 1 :], len(new)) for row, new in zip(table, tokens, strict=True)]
         for stage in self.live:
             if isinstance(stage.plugin, HostCriterionAdapter):
                 self._ask_host(stage, stage.plugin, slots, tokens, stops)
-        return Verdict(tokens, stops)
+        return Verdict(tokens, stops, wrong)
+
+    def _known(
+        self, slots: Sequence[int], chosen: Sequence[tuple[list[int], int]]
+    ) -> tuple[list[list[int]], dict[int, str]]:
+        """The tokens of each row, before any host criterion sees them, and what is wrong with the others."""
+        vocab, tokens, wrong = self.context.vocab_size, [], {}
+        for slot, (row, count) in zip(slots, chosen, strict=True):
+            new = row[:count] if 0 < count <= len(row) else []
+            if not new:
+                wrong[slot] = f"chose {count} of {len(row)} tokens"
+            elif min(new) < 0 or max(new) >= vocab:
+                bad = next(token for token in new if not 0 <= token < vocab)
+                wrong[slot], new = f"chose token {bad}, outside the vocabulary of {vocab}", []
+            tokens.append(new)
+        return tokens, wrong
+
+    def pending(self, slot: int) -> int:
+        """Bytes at the end of a slot's text that a stream must hold back."""
+        most = 0
+        for stage in self.live:
+            if isinstance(stage.plugin, HostCriterionAdapter) and slot in stage.members:
+                try:
+                    held = stage.call(stage.plugin.pending_text, slot)
+                    if not isinstance(held, int):
+                        raise PluginContractError(f"criterion {stage.name!r} returned {held!r} from pending_text")
+                    most = max(most, held)
+                except PluginError as error:
+                    self._fail(stage, error)
+        return most
 
     def _ask(self, stage: Stage[Criterion], selection: Selection, slot: torch.Tensor) -> torch.Tensor:
         assert isinstance(stage.plugin, DeviceStoppingCriterion)
@@ -66,7 +97,11 @@ class StoppingRules(Stages[Criterion]):
         batch = CommitBatch(self.context, slot, selection.tokens, selection.counts, active)
         try:
             at = stage.call(stage.plugin.check, batch)
-            if not isinstance(at, torch.Tensor) or at.shape != slot.shape:
+            if not isinstance(at, torch.Tensor) or (at.shape, at.dtype, at.device) != (
+                slot.shape,
+                torch.int64,
+                slot.device,
+            ):
                 raise PluginContractError(f"criterion {stage.name!r} returned {at!r} from check, not int64 [n]")
         except PluginError as error:
             self._fail(stage, error)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_core.errors import CapacityError, PluginContractError
 from trtllm_core.plugin.backend import Executable
-from trtllm_core.plugin.kv_policy import Admission, KVBudget, KVModel, KVPlan, KVPolicy, KVUsage
+from trtllm_core.plugin.kv_policy import Admission, Edits, KVBudget, KVModel, KVPlan, KVPolicy, KVUsage
 
 
 class KVCache:
@@ -32,12 +33,27 @@ class KVCache:
         self.policy = policy
         self.plan: KVPlan = policy.plan(model, budget)
         self.bytes = executable.allocate_kv(self.plan)
-        self._edit = executable.edit_kv
+        self._executable = executable
         self.tables = np.full((budget.max_slots, self.plan.max_blocks_per_slot), -1, np.int32)
         self.cached = np.zeros(budget.max_slots, np.int64)
         """Tokens written to the cache."""
         self._reported = np.zeros(budget.max_slots, np.int64)
         self._room = np.zeros(budget.max_slots, np.int64)
+
+    def check(self, prompt: int, max_new_tokens: int) -> None:
+        """Refuse a request that the pool could not hold even alone, long before its turn comes.
+
+        Raises:
+            CapacityError: it needs more blocks than a slot can ever have. Only the policy's ``admit`` knows the rest.
+        """
+        plan = self.plan
+        room = min(plan.num_blocks, plan.max_blocks_per_slot) * plan.tokens_per_block
+        if plan.window is None and prompt + max_new_tokens > room:  # a ring holds any number
+            raise CapacityError(
+                f"{prompt} prompt tokens and max_new_tokens {max_new_tokens} need {prompt + max_new_tokens} tokens of "
+                f"cache, but the pool has {room} for one sequence: raise KVCacheConfig.max_tokens, or ask for "
+                "fewer tokens"
+            )
 
     def admit(
         self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
@@ -53,6 +69,7 @@ class KVCache:
 
         Raises:
             OutOfBlocksError: there is none, and nothing was changed.
+            PluginContractError: the policy asks for what this loop cannot do.
         """
         short = self.cached[slots] + counts > self._room[slots]
         if not short.any():
@@ -60,8 +77,9 @@ class KVCache:
         slots, counts = slots[short], counts[short]
         self._report(slots)
         placement = self.policy.extend(slots.tolist(), counts.tolist())
-        if placement.edits:
-            self._edit(placement.edits)
+        if placement.positions is not None:
+            raise PluginContractError(self._refusal("Placement.positions", "tokens keep their own numbers"))
+        self._edit(placement.edits)
         self.tables[slots] = placement.tables
         self._room[slots] = self._reported[slots] + placement.room
 
@@ -80,8 +98,7 @@ class KVCache:
         """Slots ``dst`` become copies of slots ``src``, all at the same time."""
         self._report(np.unique(src))  # a source of several copies is named once
         edits = self.policy.fork(src.tolist(), dst.tolist())
-        if edits:
-            self._edit(edits)
+        self._edit(edits)
         self.cached[dst] = self.cached[src]
         self._reset(np.union1d(src, dst))
 
@@ -95,6 +112,15 @@ class KVCache:
     def usage(self) -> KVUsage:
         """How full the pool is."""
         return self.policy.usage()
+
+    def _edit(self, edits: Edits) -> None:
+        if edits.moves:
+            raise PluginContractError(self._refusal("Edits.moves", "entries stay where they were written"))
+        if edits:
+            self._executable.edit_kv(edits)
+
+    def _refusal(self, what: str, instead: str) -> str:
+        return f"KV policy {type(self.policy).__name__} returned {what}, which this session does not honour: {instead}"
 
     def _report(self, slots: np.ndarray) -> None:
         written = self.cached[slots] - self._reported[slots]

@@ -80,7 +80,7 @@ class Edits:
     """(source block, destination block) over all layers, **simultaneous**: every source is read before any destination
     is written, so that 0←1, 1←0 swaps. No destination stands here twice."""
     moves: tuple[tuple[int, int, int], ...] = ()
-    """(slot, source entry, destination entry) within a slot's cache, simultaneous."""
+    """(slot, source entry, destination entry) within a slot's cache, simultaneous. This version refuses them."""
 
     def __bool__(self) -> bool:
         return bool(self.copies or self.moves)
@@ -119,7 +119,8 @@ class Placement:
     edits: Edits = Edits()
     """Copies that must be done before anything is written (copy-on-write)."""
     positions: np.ndarray | None = None
-    """int64 ``[n]``: rotary position of the slot's next token, where it is not its number (positions in the cache)."""
+    """int64 ``[n]``: rotary position of the slot's next token, where it is not its number (positions in the cache).
+    This version refuses anything but None."""
 
 
 @dataclass(frozen=True, slots=True)

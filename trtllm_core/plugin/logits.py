@@ -70,7 +70,8 @@ class HostLogitsProcessor(LogitsProcessor):
     """Plain Python for one branch at a time: write ``start`` and ``process``, or ``start`` and ``mask``.
 
     The state that ``start`` returns is handed back to every other method; the core keeps one for each slot and copies
-    it with ``copy`` when branches fork.
+    it with ``copy`` when branches fork. It does so in ``begin``, ``commit``, ``fork`` and ``rewind``: a host plugin
+    that has one of those itself is refused.
     """
 
     def start(self, view: BranchView) -> Any:

@@ -216,11 +216,9 @@ class StoppingCriterionRegistrar(Registrar[StoppingCriterion]):
 class KVPolicyRegistrar(Registrar[KVPolicy]):
     """Given to ``trtllm_register_kv_policies``."""
 
-    def add(
-        self, name: str, factory: Factory[KVPolicy], *, consumes: Sequence[str] = (), replace: str | None = None
-    ) -> None:
-        """Register a policy, and the SamplingConfig fields that it honours."""
-        self._add(name, factory, replace, consumes=dict.fromkeys(consumes))
+    def add(self, name: str, factory: Factory[KVPolicy], *, replace: str | None = None) -> None:
+        """Register a policy."""
+        self._add(name, factory, replace)
 
 
 class BackendRegistrar(Registrar[Backend]):

@@ -43,6 +43,7 @@ class StoppingCriterion(SlotPlugin):
     """What both kinds share."""
 
     scope: ClassVar[Literal["row", "request"]] = "row"
+    """What it ends. ``request`` (all branches at once) is refused: a request has one branch in this version."""
     capabilities: ClassVar[StoppingCapabilities] = StoppingCapabilities()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
 
 FinishReason = str
-"""``end_id``, ``stop_words``, ``stop_string``, ``length``, ``plugin_error``, or a reason of a plugin's own."""
+"""``end_id``, ``stop_words``, ``stop_string``, ``length``, ``plugin_error``, ``cancelled``, or a plugin's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,6 @@ class LogitsBatch:
     """bool ``[n]``: the position's request asked for this plugin. Others must be left as they are."""
     draft: torch.Tensor | None = None
     """int32 ``[slots, k]``: tokens proposed but not committed; None outside a verify step."""
-    phase: Literal["context", "generation", "verify"] = "generation"
 
 
 @dataclass(frozen=True, slots=True)
