@@ -83,7 +83,9 @@ class HostLogitsProcessor(LogitsProcessor):
 
     def mask(self, state: Any, tokens: Sequence[int], words: np.ndarray) -> bool:
         """The mask-only form: clear bit ``t % 32`` of ``words[t // 32]`` (int32 ``[ceil(vocab/32)]``, all ones at
-        the call) for each forbidden token and return True. It runs while the forward pass does. False: no mask."""
+        the call) for each forbidden token and return True. It runs while the forward pass does. False: no mask.
+
+        ``words.view("uint32")`` spares Python the sign of bit 31."""
         return False
 
     def accept(self, state: Any, tokens: Sequence[int]) -> Any:
