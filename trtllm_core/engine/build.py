@@ -93,6 +93,7 @@ def build_engine(
     _check_place(directory)
     config, family, backend = plan_engine(checkpoint, build, plugins)
     weights = check_weight_map(family, config.model, checkpoint)
+    tokenizer = checkpoint.tokenizer()  # a tokenizer that cannot be read is refused before the long part
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -102,7 +103,6 @@ def build_engine(
             counted = _counted(parts, f"rank {rank}", len(weights), progress)
             path = backend.build(config, family, counted, scratch, rank)
             files.append(RankFile(name=path.name, bytes=path.stat().st_size))
-        tokenizer = checkpoint.tokenizer()
         if tokenizer is not None:
             tokenizer.write(scratch)
         config = config.replace(ranks=tuple(files))
