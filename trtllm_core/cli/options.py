@@ -74,14 +74,10 @@ class BuildOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def config(self) -> BuildConfig:
-        """The build's config. A default that a given ``max_seq_len`` leaves no room for is lowered."""
+        """The build's config."""
         from trtllm_core.config import BuildConfig
 
-        given = self.given()
-        if "max_seq_len" in given and "max_input_len" not in given:
-            default = BuildConfig.model_fields["max_input_len"].default
-            given["max_input_len"] = max(min(default, given["max_seq_len"] - 1), 1)
-        return BuildConfig(**given)
+        return BuildConfig(**self.given())
 
 
 @dataclass(frozen=True)

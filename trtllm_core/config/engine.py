@@ -36,7 +36,8 @@ class BuildConfig(Config):
         """A max_input_len that nobody asked for gives way to a short max_seq_len."""
         longest = data.get("max_seq_len") if isinstance(data, dict) else None
         if isinstance(longest, int) and "max_input_len" not in data:
-            data = {**data, "max_input_len": max(min(1024, longest - 1), 1)}
+            default = cls.model_fields["max_input_len"].default
+            data = {**data, "max_input_len": max(min(default, longest - 1), 1)}
         return data
 
     @model_validator(mode="after")
