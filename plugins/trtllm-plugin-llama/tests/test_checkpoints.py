@@ -20,6 +20,7 @@ from trtllm_core.errors import CheckpointError, ConfigError
 from trtllm_core.plugin import Plugins
 from trtllm_core.session import Session
 from trtllm_core.testing.packed import prefill_and_decode
+from trtllm_core.testing.reference import STEPS
 from trtllm_plugin_llama.family import LlamaFamily
 
 Edit = Callable[..., Path]
@@ -136,7 +137,7 @@ def test_a_stored_rotary_table_is_left_out(tiny: Any, edited: Edit, tmp_path: Pa
     save_file(tensors, path / "model.safetensors")
     build_engine(path, tmp_path / "engine", plugins=plugins)
     session = Session.from_directory(tmp_path / "engine", plugins=plugins)
-    assert model.off(prefill_and_decode(session, model.prompts, model.steps)) < 1e-4
+    assert model.off(prefill_and_decode(session, model.prompts, STEPS)) < 1e-4
 
 
 def test_a_tied_checkpoint_with_a_head_of_its_own(tiny: Any, edited: Edit, tmp_path: Path, plugins: Plugins) -> None:
@@ -146,4 +147,4 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tiny: Any, edited: Edit, tmp_p
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     build_engine(path, tmp_path / "engine", plugins=plugins)
     session = Session.from_directory(tmp_path / "engine", plugins=plugins)
-    assert tiny().off(prefill_and_decode(session, tiny().prompts, tiny().steps)) < 1e-4
+    assert tiny().off(prefill_and_decode(session, tiny().prompts, STEPS)) < 1e-4

@@ -18,6 +18,7 @@ from trtllm_core.errors import CheckpointError
 from trtllm_core.plugin import Plugins
 from trtllm_core.session import Session
 from trtllm_core.testing.packed import prefill_and_decode
+from trtllm_core.testing.reference import STEPS
 from trtllm_plugin_llama.family import LlamaFamily
 
 NAMES = {
@@ -117,7 +118,7 @@ def test_same_weights(case: str, tiny: Any, load: Callable[[Path], Session], tmp
     kind, changes, extra = CASES[case]
     model = tiny(kind, **changes)
     session = load(write(model.model, tmp_path / "model.gguf", kind, permute=kind == "llama", **extra))
-    assert model.off(prefill_and_decode(session, model.prompts, model.steps)) < 1e-4
+    assert model.off(prefill_and_decode(session, model.prompts, STEPS)) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "permute"), [("llama", False), ("qwen2", True)])
@@ -126,7 +127,7 @@ def test_a_wrong_order_of_rows_shows(
 ) -> None:
     model = tiny(kind)
     session = load(write(model.model, tmp_path / "model.gguf", kind, permute))
-    assert model.off(prefill_and_decode(session, model.prompts, model.steps)) > 1e-2
+    assert model.off(prefill_and_decode(session, model.prompts, STEPS)) > 1e-2
 
 
 @pytest.mark.parametrize(

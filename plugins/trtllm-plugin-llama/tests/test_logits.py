@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import transformers
 
 from trtllm_core import nn
 from trtllm_core.testing.packed import PackedRows, prefill_and_decode
+from trtllm_core.testing.reference import STEPS, oracle
 
 THETA = {"rope_theta": 10000.0}
 SCALED = {
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_float32(case: str, tiny: Any) -> None:
     kind, changes = CASES[case]
     model = tiny(kind, **changes)
-    ours = prefill_and_decode(model.session(), model.prompts, model.steps, shuffle=3)
+    ours = prefill_and_decode(model.session(), model.prompts, STEPS, shuffle=3)
     assert model.off(ours) < 1e-4
 
 
@@ -92,7 +92,7 @@ def test_a_planted_bug_shows(mutant: str, tiny: Any) -> None:
     if extras.get("rope_scaling"):
         known = nn.rotary.RotaryScaling.model_fields
         extras = {"rope_scaling": {"kind": "yarn", **{k: v for k, v in SCALED["yarn"].items() if k in known}}}
-    ours = prefill_and_decode(model.mutant(extras, **config), model.prompts, model.steps)
+    ours = prefill_and_decode(model.mutant(extras, **config), model.prompts, STEPS)
     assert model.off(ours) > 1e-3
 
 
@@ -106,7 +106,7 @@ def test_swapped_halves_show(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(nn.RotaryEmbedding, "prepare", swapped)
     model = tiny()
-    assert model.off(prefill_and_decode(model.session(), model.prompts, model.steps)) > 1e-2
+    assert model.off(prefill_and_decode(model.session(), model.prompts, STEPS)) > 1e-2
 
 
 @pytest.mark.parametrize("case", ["gqa", "mistral", "qwen2-window", "rope-dynamic"])
@@ -155,20 +155,14 @@ def step_by_step(model: Any, ids: list[int], prompt: int) -> torch.Tensor:
 def test_dynamic_scaling_beyond_the_trained_length(tiny: Any) -> None:
     """Equal to transformers as it generates: there too, each new token has the base of the length that it ends."""
     model = tiny("llama", max_position_embeddings=24, rope_parameters={**SCALED["dynamic"], "factor": 4.0})
-    prompts = [ids[: 24 + model.steps] for ids in model.prompts]
+    prompts = [ids[: 24 + STEPS] for ids in model.prompts]
     # Prompts below 24: transformers forgets the base of the sequence before only when one begins shorter than that.
     expected = [step_by_step(model.model, ids, min(23, len(ids) - 1)) for ids in prompts]
-    ours = prefill_and_decode(model.session(), prompts, model.steps)
+    ours = prefill_and_decode(model.session(), prompts, STEPS)
     assert max(map(len, prompts)) == 56
     assert model.off(ours, expected) < 1e-4
-    assert (
-        model.off(ours, oracle_of(model.model, prompts)) > 1e-3
-    )  # a whole pass of transformers has one base for all tokens
-
-
-@torch.inference_mode()
-def oracle_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    return [model(torch.tensor([ids])).logits[0].float() for ids in prompts]
+    # A whole pass of transformers has one base for all tokens.
+    assert model.off(ours, oracle(model.model, prompts)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -178,9 +172,9 @@ def test_half_precision(case: str, dtype: str, tiny: Any) -> None:
     kind, changes = CASES[case]
     model = tiny(kind, gain=0.8, **changes)  # larger weights magnify each rounding, in transformers as here
     half = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, dtype))
-    theirs = oracle_of(half, model.prompts)
-    exact = oracle_of(half.float(), model.prompts)
-    ours = prefill_and_decode(model.session(dtype), model.prompts, model.steps)
+    theirs = oracle(half, model.prompts)
+    exact = model.rounded(dtype)
+    ours = prefill_and_decode(model.session(dtype), model.prompts, STEPS)
     assert 0 < model.off(ours, exact) < 2e-2
     assert model.off(ours, exact) < 2 * model.off(theirs, exact)
 
@@ -204,10 +198,9 @@ def test_one_pass_over_chosen_positions(tiny: Any) -> None:
 def test_cuda(case: str, dtype: str, tolerance: float, tiny: Any) -> None:
     kind, changes = CASES[case]
     model = tiny(kind, gain=0.8, **changes)
-    half = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, dtype))
-    theirs = oracle_of(half.float(), model.prompts)
+    theirs = model.rounded(dtype)
     session = model.session(dtype, device="cuda")
-    assert model.off(prefill_and_decode(session, model.prompts, model.steps), theirs) < tolerance
+    assert model.off(prefill_and_decode(session, model.prompts, STEPS), theirs) < tolerance
     rows = PackedRows(session, len(model.prompts), shuffle=2)
     chunks = [rows.run({row: ids[at : at + 6] for row, ids in enumerate(model.prompts) if at < len(ids)})
               for at in range(0, 72, 6)]  # fmt: skip

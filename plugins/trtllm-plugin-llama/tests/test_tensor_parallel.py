@@ -9,6 +9,7 @@ import torch
 from trtllm_core.parallel import run_ranks
 from trtllm_core.session import Session, TensorInfo
 from trtllm_core.testing.packed import prefill_and_decode, rank_logits
+from trtllm_core.testing.reference import LENGTHS
 
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {}),  # kv_heads == ranks
@@ -23,7 +24,7 @@ def test_two_ranks(tiny: Any) -> None:
     """All models have 67 tokens: the second rank's share of the vocabulary is padded."""
     models = [tiny(kind, **changes) for kind, changes in MODELS]
     assert all(model.model.config.vocab_size % 2 for model in models)
-    prompts, steps = [ids[: n + 4] for ids, n in zip(models[0].prompts, models[0].lengths, strict=True)], 4
+    prompts, steps = [ids[: n + 4] for ids, n in zip(models[0].prompts, LENGTHS, strict=True)], 4
     engines = [model.engine(tp_size=2) for model in models]
     ranks = run_ranks(rank_logits, 2, engines, prompts, steps, timeout=120, backend="gloo")
     for model, first, second in zip(models, *ranks, strict=True):
