@@ -11,7 +11,7 @@ import torch
 from trtllm_core.config import EngineConfig
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Executable
-from trtllm_core.plugin.kv_policy import KVModel, KVPlan
+from trtllm_core.plugin.kv_policy import Edits, KVModel, KVPlan
 from trtllm_core.session import Session, TensorInfo
 
 
@@ -87,6 +87,16 @@ class PackedRows:
             logits[:, : self.session.config.model.vocab_size].cpu(), [len(ids) for ids in tokens.values()]
         )
         return dict(zip(tokens, parts, strict=True))
+
+    def fork(self, src: int, dst: int) -> None:
+        """Row ``dst`` becomes a copy of row ``src``: whole blocks are shared, one that will be written is copied."""
+        length = int(self.lengths[src])
+        shared, rest = divmod(length, self.plan.tokens_per_block)
+        self.blocks[dst, :shared] = self.blocks[src, :shared]
+        if rest:
+            copies = ((int(self.blocks[src, shared]), int(self.blocks[dst, shared])),)
+            self.session.engine.edit_kv(Edits(copies))
+        self.lengths[dst] = length
 
     def steps(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:
         """As ``run``, one token of every row a call; rows that have no more tokens leave the batch."""

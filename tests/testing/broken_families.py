@@ -1,0 +1,133 @@
+"""Families that are deliberately wrong, each in one thing: what the conformance kit must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from trtllm_core.config import ModelConfig
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import CheckpointView, ModelFamilyRegistrar, Weight, hookimpl
+from trtllm_plugin_llama.family import LlamaFamily
+
+Change = Callable[[Weight], Weight]
+
+
+class Wrong(LlamaFamily):
+    """LLaMA with a changed weight map."""
+
+    def weights(self, config: ModelConfig, checkpoint: CheckpointView) -> Sequence[Weight]:
+        return [self.change(weight) for weight in super().weights(config, checkpoint) if self.keep(weight)]
+
+    def keep(self, weight: Weight) -> bool:
+        return True
+
+    def change(self, weight: Weight) -> Weight:
+        return weight
+
+
+def with_piece(weight: Weight, index: int, **changes: object) -> Weight:
+    pieces = list(weight.pieces)
+    pieces[index] = replace(pieces[index], **changes)  # type: ignore[arg-type]
+    return Weight(weight.target, tuple(pieces))
+
+
+class SwappedHalves(Wrong):
+    """The halves of each key head change places, so that keys are rotated the other way round."""
+
+    def change(self, weight: Weight) -> Weight:
+        def swap(rows: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(0, (-1, 2, 8)).flip(1).flatten(0, 2)
+
+        return with_piece(weight, 1, transform=swap) if ".qkv." in weight.target else weight
+
+
+class MissingBias(Wrong):
+    """The module has no bias on queries, keys and values, and the map passes over the checkpoint's."""
+
+    def config(self, checkpoint: CheckpointView) -> ModelConfig:
+        config = super().config(checkpoint)
+        return config.replace(extras={**config.extras, "qkv_bias": False})
+
+    def unused(self, name: str) -> bool:
+        return name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+
+
+class TakesAnything(Wrong):
+    """What it does not know, it drops."""
+
+    def unused(self, name: str) -> bool:
+        return True
+
+
+class ZeroedBias(Wrong):
+    """A bias is there, filled and counted, but its values are lost."""
+
+    def change(self, weight: Weight) -> Weight:
+        return with_piece(weight, 2, transform=torch.zeros_like) if weight.target.endswith("qkv.bias") else weight
+
+
+class ForgottenParameter(Wrong):
+    """A norm stays as memory happened to be; its tensor counts as unused."""
+
+    def keep(self, weight: Weight) -> bool:
+        return weight.target != "layers.0.mlp_norm.weight"
+
+    def unused(self, name: str) -> bool:
+        return name.endswith("layers.0.post_attention_layernorm.weight")
+
+
+class WholeOutput(Wrong):
+    """Right on one rank; on two, each has all input features of the MLP's last product."""
+
+    def change(self, weight: Weight) -> Weight:
+        return with_piece(weight, 0, shard="whole") if weight.target.endswith("down.weight") else weight
+
+
+class WrongEpsilon(Wrong):
+    """Norms divide by a little more than they should."""
+
+    def config(self, checkpoint: CheckpointView) -> ModelConfig:
+        config = super().config(checkpoint)
+        return config.replace(extras={**config.extras, "norm_eps": 1e-3})
+
+
+class NoResidual(Wrong):
+    """The last layer's MLP is not added to what it was given."""
+
+    def module(self, config: ModelConfig, parallel: TensorParallel) -> nn.Module:  # type: ignore[override]
+        module = super().module(config, parallel)
+        last = module.layers[-1]
+
+        def forward(x: torch.Tensor, *context: object) -> torch.Tensor:
+            x = x + last.attention(last.attention_norm(x), *context)
+            return last.mlp(last.mlp_norm(x))
+
+        last.forward = forward
+        return module
+
+
+class Plugin:
+    """Registers one broken family in place of the right one."""
+
+    hook_api = "model_family>=1.0,<2"
+
+    def __init__(self, family: type[LlamaFamily]) -> None:
+        self._family = family
+
+    @hookimpl
+    def trtllm_register_model_families(self, registrar: ModelFamilyRegistrar) -> None:
+        registrar.add("llama", self._family, architectures=self._family.architectures)
+
+
+swapped_halves = Plugin(SwappedHalves)
+missing_bias = Plugin(MissingBias)
+takes_anything = Plugin(TakesAnything)
+zeroed_bias = Plugin(ZeroedBias)
+forgotten_parameter = Plugin(ForgottenParameter)
+whole_output = Plugin(WholeOutput)
+wrong_epsilon = Plugin(WrongEpsilon)
+no_residual = Plugin(NoResidual)

@@ -1,0 +1,84 @@
+"""The kit of model families passes right families, and each of its checks can fail."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import transformers
+
+from trtllm_core.errors import TrtllmCoreError
+from trtllm_core.testing import ModelFamilyConformance
+from trtllm_core.testing.family import load_plugins
+from trtllm_core.testing.reference import ReferenceModel
+
+
+class TestLlama(ModelFamilyConformance):
+    config = transformers.LlamaConfig(
+        vocab_size=67,
+        hidden_size=64,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        attention_bias=True,
+    )
+
+
+LOGITS = {
+    "test_prefill",
+    "test_ragged_batch",
+    "test_chunked_prefill",
+    "test_decode",
+    "test_greedy_tokens",
+    "test_rewind",
+    "test_fork",
+    "test_tensor_parallel",
+    "test_dtypes",
+}
+BROKEN = {
+    "swapped_halves": LOGITS,
+    "missing_bias": LOGITS,
+    "no_residual": LOGITS,
+    "wrong_epsilon": LOGITS,
+    "zeroed_bias": {*LOGITS, "test_weight_map"},
+    "forgotten_parameter": {*LOGITS, "test_weight_map"},  # no engine is built of it
+    "whole_output": {"test_weight_map", "test_tensor_parallel"},
+    "takes_anything": {"test_an_unknown_tensor_is_refused"},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_family_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+    class Broken(TestLlama):
+        plugins = (f"broken_families:{name}",)
+        deny = ("llama",)
+
+    assert failures(Broken, tmp_path) == BROKEN[name]
+
+
+def test_the_right_family_fails_nothing(tmp_path: Path) -> None:
+    """So that what the broken ones fail is their own fault."""
+    assert failures(TestLlama, tmp_path) == set()
+
+
+def failures(kit: type[ModelFamilyConformance], directory: Path) -> set[str]:
+    """The names of the kit's tests that fail, run as pytest would."""
+    installed = load_plugins(kit.plugins, kit.deny)
+    given = {
+        "installed": installed,
+        "reference": ReferenceModel(kit.config, directory / "reference", installed, limits=kit.limits),
+        "calm": ReferenceModel(kit.config, directory / "calm", installed, gain=0.8, limits=kit.limits),
+    }
+    failed = set()
+    for name, test in inspect.getmembers(kit(), inspect.ismethod):
+        if name.startswith("test_"):
+            try:
+                test(**{argument: given[argument] for argument in inspect.signature(test).parameters})
+            except (AssertionError, TrtllmCoreError, pytest.fail.Exception):
+                failed.add(name)
+    return failed
