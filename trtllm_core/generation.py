@@ -210,8 +210,7 @@ class GenerationSession(EngineProperties):
         branches: dict[str, Branch] = {}
         for _ in self._batch.run(requests, branches):
             pass
-        seconds = self.loop.branches.plugin_seconds()
-        return [output_of(branches[request.request_id], seconds) for request in requests]
+        return [output_of(branches[request.request_id]) for request in requests]
 
     def close(self) -> None:
         """Tell the observers that the session is over, once."""

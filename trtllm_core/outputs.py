@@ -30,10 +30,11 @@ class GenerationOutput:
     matched: Any = None
     """The stop string or word that ended it, where one did."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
-    """Host time that each plugin took since its session began."""
+    """Host seconds that each of its plugins took for it. A call for several requests is shared equally by those that
+    use the plugin then."""
 
 
-def output_of(branch: Branch, plugin_seconds: dict[str, float]) -> GenerationOutput:
+def output_of(branch: Branch) -> GenerationOutput:
     """What a finished branch leaves."""
     assert branch.finish_reason is not None
     return GenerationOutput(
@@ -46,7 +47,7 @@ def output_of(branch: Branch, plugin_seconds: dict[str, float]) -> GenerationOut
         log_probs=tuple(branch.log_probs),
         error=branch.error,
         matched=None if branch.stop is None else branch.stop.matched,
-        plugin_seconds=plugin_seconds,
+        plugin_seconds=branch.plugin_seconds,
     )
 
 

@@ -117,6 +117,6 @@ class StaticBatch:
                 len(branch.request.prompt),
                 len(branch.generated),
                 branch.finish_reason or "",
-                self._branches.plugin_seconds(),
+                branch.plugin_seconds,
             )
         )

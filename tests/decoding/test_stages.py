@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core.decoding import stages as stages_module
 from trtllm_core.decoding.plan import Planner
 from trtllm_core.decoding.samplers import log_probs
 from trtllm_core.errors import ConfigError, PluginContractError
@@ -125,12 +126,46 @@ def test_the_criterion_registered_first_wins_whoever_was_used_first(runner):
 def test_objects_are_forgotten_with_their_last_branch_but_not_their_seconds(runner):
     branches = runner.generation.loop.branches
     for _ in range(3):
-        out = runner.generate([[5], [6]], CONFIG, logits_processor=[Late(), Late()])["outputs"][0]
+        runner.generate([[5], [6]], CONFIG, logits_processor=[Late(), Late()])
     kept = [stage.name for stage in branches.pipeline._all.values()]
     assert "Late" not in kept
     assert "min_length" in kept
-    total = out.plugin_seconds["Late"]
-    assert 0 < total < runner.generate([[5]], CONFIG, logits_processor=Late())["outputs"][0].plugin_seconds["Late"]
+    total = branches.plugin_seconds()["Late"]
+    runner.generate([[5]], CONFIG, logits_processor=Late())
+    assert 0 < total < branches.plugin_seconds()["Late"]
+
+
+class Slow(DeviceLogitsProcessor):
+    """Takes 100 seconds to begin, 6 a step and 1000 to end, by a clock of its own."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def begin(self, slot, view):
+        self.now += 100
+
+    def apply(self, logits, batch):
+        self.now += 6
+
+    def end(self, slot):
+        self.now += 1000
+
+
+def test_seconds_of_a_call_are_shared_by_who_uses_the_plugin_then(runner, monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr(stages_module.time, "perf_counter", lambda: slow.now)
+    told = {}
+    monkeypatch.setattr(runner.generation.plugins, "on_request_end", lambda stats: told.update({stats.request_id: stats}))
+    lengths = (1, 3)
+    configs = [CONFIG.replace(max_new_tokens=n) for n in lengths]
+    first, second = runner.generate([[5], [6]], configs, logits_processor=slow)["outputs"]
+    assert first.plugin_seconds["Slow"] == 100 + 6 / 2 + 1000
+    assert second.plugin_seconds["Slow"] == 100 + 6 / 2 + 6 + 6 + 1000
+    assert told["1"].plugin_seconds == second.plugin_seconds
+    assert runner.generation.loop.branches.plugin_seconds()["Slow"] == slow.now, "nothing is lost or counted twice"
+    after = runner.generate([[5]], CONFIG)["outputs"][0].plugin_seconds
+    assert "Slow" not in after
+    assert after.keys() >= {"greedy", "max_tokens"}
 
 
 def test_a_plugin_is_used_once_a_request(runner):

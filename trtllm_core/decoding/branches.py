@@ -157,10 +157,11 @@ class BranchTable:
 
     def release(self, slot: int) -> None:
         """Forget a branch."""
-        del self.live[slot]
+        branch = self.live.pop(slot)
         self._streams.pop(slot, None)
         for stages in self.stages:
-            stages.end(slot)
+            for name, seconds in stages.end(slot).items():
+                branch.plugin_seconds[name] = branch.plugin_seconds.get(name, 0.0) + seconds
         self.slots.give(slot)
 
     def plugin_seconds(self) -> dict[str, float]:

@@ -63,6 +63,8 @@ class Branch:
     stop: Stop | None = None
     finish_reason: str | None = None
     error: Exception | None = None
+    plugin_seconds: dict[str, float] = field(default_factory=dict)
+    """Its part of each plugin's host time: filled when it leaves its slot."""
 
     @property
     def length(self) -> int:

@@ -50,10 +50,15 @@ class Stage(Generic[P]):
         self.members: set[int] = set()
         self.seconds = 0.0
         """Host time spent in the plugin since the session began."""
+        self._share = 0.0  # what a member from the beginning on would have been charged: see ``call``
+        self._joined: dict[int, float] = {}  # slot: the share at which its branch joined
         self.error: PluginError | None = None
 
     def call(self, function: Callable[..., R], *args: object) -> R:
         """Call the plugin, take the time, and give what it raises its name.
+
+        The time is shared equally by the branches that use the plugin now. One division a call does for all of them:
+        what a branch owes is the share when it leaves less the share when it joined.
 
         Raises:
             PluginError: chained to what the plugin raised.
@@ -66,7 +71,9 @@ class Stage(Generic[P]):
         except Exception as error:
             raise PluginRuntimeError(f"plugin {self.name!r} raised {type(error).__name__}: {error}") from error
         finally:
-            self.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            self._share += seconds / (len(self.members) or 1)
 
     def begin(self, item: PlanItem, view: BranchView) -> None:
         """A branch joins. ``item`` is that of its own plan, with its own parameters.
@@ -75,14 +82,33 @@ class Stage(Generic[P]):
             ConfigError: the plugin refuses what the request asks of it: the user's mistake, and told as one.
             PluginError: it raised anything else.
         """
+        share, seconds = self._share, self.seconds
         try:
             self.call(self.plugin.begin, view.slot, item.view(view))
         except PluginRuntimeError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
             raise
+        finally:
+            self._share = share  # its beginning is the branch's own: the others do not pay for it
+        self._joined[view.slot] = share - (self.seconds - seconds)
         self.members.add(view.slot)
         self.flags[view.slot] = True
+
+    def end(self, slot: int) -> float:
+        """A branch leaves. Returns its part of the plugin's host time, in seconds.
+
+        What the plugin raises now can hurt nobody any more: it is kept in ``error``.
+        """
+        self.members.discard(slot)
+        self.flags[slot] = False
+        share, seconds = self._share, self.seconds
+        try:
+            self.call(self.plugin.end, slot)
+        except PluginError as error:
+            self.error = error
+        self._share = share
+        return share - self._joined.pop(slot) + (self.seconds - seconds)
 
 
 def _by_rank(items: list[PlanItem]) -> list[PlanItem]:
@@ -168,16 +194,13 @@ class Stages(Generic[P]):
             except PluginError as error:
                 self._fail(stage, error)
 
-    def end(self, slot: int) -> None:
-        """The branch is over. What a plugin raises now can hurt nobody any more."""
+    def end(self, slot: int) -> dict[str, float]:
+        """The branch is over. Returns its part of each plugin's host time, in seconds by name."""
+        seconds: dict[str, float] = {}
         for stage in self._of.pop(slot, []):
-            stage.members.discard(slot)
-            stage.flags[slot] = False
-            try:
-                stage.call(stage.plugin.end, slot)
-            except PluginError as error:
-                stage.error = error
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.end(slot)
         self._refresh()
+        return seconds
 
     def take_failures(self) -> dict[int, PluginError]:
         """The failures since the last call."""

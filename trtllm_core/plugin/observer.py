@@ -40,3 +40,5 @@ class RequestStats:
     generated_tokens: int
     finish_reason: str
     plugin_seconds: dict[str, float] = field(default_factory=dict)
+    """Host seconds that each of its plugins took for it. A call for several requests is shared equally by those that
+    use the plugin then."""

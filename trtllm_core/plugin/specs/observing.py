@@ -87,7 +87,7 @@ class ObserverSpecs:
 
         Result: notification. Return values are ignored.
 
-        Tensors: none. ``stats`` is frozen; ``stats.plugin_seconds`` is shared by all observers: change nothing in it.
+        Tensors: none. ``stats`` is frozen; ``stats.plugin_seconds`` is also in the result: change nothing in it.
 
         Returns: None.
 
