@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from trtllm_core.cli.console import size
 from trtllm_core.cli.memory import parse_size
 from trtllm_core.errors import ConfigError
 from trtllm_core.runner import ModelRunner
+from trtllm_core.version import __version__
 
 # -- plugins -------------------------------------------------------------------------------------------------------
 
@@ -71,10 +73,33 @@ def test_explain_json(cli: Callable, tiny_engine: Path) -> None:
     assert plan["notes"] == ["temperature: left out, it cannot change which logit is largest"]
     assert plan["asked"] == {"temperature": 0.7, "stop_strings": ["END"]}
     assert plan["consumers"]["stop_strings"] == ["stop_strings"]
+    greedy = plan["pipeline"][1]
+    assert greedy["consumes"] == {"temperature": 0.7, "top_k": 1, "top_p": 0.0, "random_seed": None}
+    assert greedy["capabilities"] == {"greedy": True, "graph_safe": True, "needs": []}
+    assert greedy["source"] == f"trtllm-core {__version__} (decoding)"
     assert len(plan["hash"]) == 64
     host = {item["name"]: item["runs_on"] for item in plan["pipeline"]}
     assert (host["stop_strings"], host["greedy"]) == ("host", "device")
     assert plan["engine"]["dtype"] == "float32"
+
+
+def test_explain_shows_what_plugins_can_do_and_what_was_left_out(cli: Callable, tiny_engine: Path) -> None:
+    out = cli("explain", tiny_engine, "--min-p", "0.2", "--stop", "END").stdout
+    row = next(line for line in out.splitlines() if " stop_strings " in line)
+    assert "speculation=" in row
+    assert " needs" in out  # text
+    assert re.search(r"^min_p = 0.2 +honoured by min_p *$", out, re.MULTILINE)
+    greedy = cli("explain", tiny_engine, "--set", "min_p=0.2", "--set", "top_k=1").stdout
+    assert "honoured by min_p (left out)" in greedy
+    assert re.search(r"^note +min_p: left out, it cannot change which logit is largest", greedy, re.MULTILINE)
+
+
+def test_the_hash_is_of_what_was_asked_and_who_does_it(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
+    def found(*options: str) -> str:
+        return json.loads(cli("explain", tiny_engine, *options, "--json").stdout)["hash"]
+
+    assert found("--top-k", "4") == found("--set", "top_k=4")
+    assert len({found(), found("--top-k", "4"), found("--top-k", "5"), found("--top-k", "4", "--stop", "END")}) == 4
 
 
 def test_explain_has_the_hash_of_the_session(cli: Callable, tiny_engine: Path) -> None:

@@ -155,7 +155,9 @@ def test_seconds_of_a_call_are_shared_by_who_uses_the_plugin_then(runner, monkey
     slow = Slow()
     monkeypatch.setattr(stages_module.time, "perf_counter", lambda: slow.now)
     told = {}
-    monkeypatch.setattr(runner.generation.plugins, "on_request_end", lambda stats: told.update({stats.request_id: stats}))
+    monkeypatch.setattr(
+        runner.generation.plugins, "on_request_end", lambda stats: told.update({stats.request_id: stats})
+    )
     lengths = (1, 3)
     configs = [CONFIG.replace(max_new_tokens=n) for n in lengths]
     first, second = runner.generate([[5], [6]], configs, logits_processor=slow)["outputs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,8 @@ def explain(
         print_json({"engine": facts, **plan_record(plan, request)})
         return
     print_facts([(name.replace("_", " "), str(value)) for name, value in facts.items()])
-    headers = ("order", "plugin", "kind", "phase", "runs on", "from", "fields")
-    rows = [_cells(number, item) for number, item in enumerate(map(_record, plan.items), 1)]
+    headers = ("order", "plugin", "kind", "runs on", "capabilities", "from", "fields")
+    rows = [_cells(number, _record(item, request)) for number, item in enumerate(plan.items, 1)]
     stdout().print()
     print_table(headers, rows)
     _print_fields(plan, request)
@@ -69,41 +70,56 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     """A plan for ``--json``."""
     return {
         "hash": plan.digest(),
-        "pipeline": [_record(item) for item in plan.items],
-        "asked": {name: request.model_dump(mode="json")[name] for name in sorted(request.asked())},
+        "pipeline": [_record(item, request) for item in plan.items],
+        "asked": dict(sorted(plan.asked.items())),
         "consumers": {name: list(names) for name, names in sorted(plan.consumers.items())},
         "notes": list(plan.notes),
     }
 
 
-def _record(item: PlanItem) -> dict[str, Any]:
+def _record(item: PlanItem, request: SamplingConfig) -> dict[str, Any]:
     from trtllm_core.plugin import Decoder, HostLogitsProcessor, HostStoppingCriterion, LogitsProcessor, Sampler
 
     plugin = item.plugin
     kinds = {LogitsProcessor: "logits processor", Sampler: "sampler", Decoder: "decoder"}
     kind = next((name for base, name in kinds.items() if isinstance(plugin, base)), "stopping criterion")
-    phase = plugin.phase.value if isinstance(plugin, LogitsProcessor) else None
+    capabilities = asdict(plugin.capabilities)  # type: ignore[attr-defined]
     return {
         "name": item.name,
         "kind": kind,
-        "phase": phase,
+        "phase": plugin.phase.value if isinstance(plugin, LogitsProcessor) else None,
+        "before": list(getattr(plugin, "before", ())),
+        "after": list(getattr(plugin, "after", ())),
         "runs_on": "host" if isinstance(plugin, (HostLogitsProcessor, HostStoppingCriterion)) else "device",
+        "capabilities": {k: sorted(v) if isinstance(v, frozenset) else v for k, v in capabilities.items()},
         "source": item.source,
-        "consumes": sorted(item.consumes),
+        "consumes": request.model_dump(mode="json", include=set(item.consumes)),
         "params": None if item.params is None else repr(item.params),
     }
 
 
 def _cells(number: int, record: dict[str, Any]) -> tuple[str, ...]:
     name = record["name"] + (f"\n{record['params']}" if record["params"] else "")
-    fields = ", ".join(record["consumes"])
-    return (str(number), name, record["kind"], record["phase"] or "", record["runs_on"], record["source"], fields)
+    kind = record["kind"] + (f", {record['phase']}" if record["phase"] else "")
+    can = ", ".join(_capability(*pair) for pair in record["capabilities"].items() if pair[1])
+    fields = ", ".join(f"{field}={value}" for field, value in record["consumes"].items())
+    return (str(number), name, kind, record["runs_on"], can, record["source"], fields)
+
+
+def _capability(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    return f"{name} {', '.join(value)}" if isinstance(value, list) else f"{name}={value}"
 
 
 def _print_fields(plan: Plan, request: SamplingConfig) -> None:
     """Who honours what was set, what was left out, and the hash of it all."""
+    there = {item.name for item in plan.items} | {"core"}
     lines = [
-        (f"{name} = {getattr(request, name)!r}", "honoured by " + ", ".join(plan.consumers[name]))
+        (
+            f"{name} = {getattr(request, name)!r}",
+            "honoured by " + ", ".join(who if who in there else f"{who} (left out)" for who in plan.consumers[name]),
+        )
         for name in sorted(request.asked())
         if name in plan.consumers
     ]

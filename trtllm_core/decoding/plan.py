@@ -25,6 +25,7 @@ from trtllm_core.plugin import (
 )
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.plugin.registrar import Entry, Registry
+from trtllm_core.version import __version__
 
 CORE_FIELDS = frozenset(
     {
@@ -79,6 +80,8 @@ class Plan:
     consumers: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
     log_probs: bool = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the request set to something else than the default, as JSON has it."""
 
     @property
     def items(self) -> tuple[PlanItem, ...]:
@@ -86,9 +89,11 @@ class Plan:
         return (*self.processors, self.decoder, *self.criteria)
 
     def digest(self) -> str:
-        """SHA-256 over names, sources, order and parameters: equal on all ranks that do the same."""
-        parts = [[item.name, item.source, repr(item.params)] for item in self.items]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """SHA-256 over the core's version, the plugins in their order, each with its distribution, version and
+        parameters, and what the request asked for: equal on all ranks that do the same."""
+        items = [[item.name, item.source, repr(item.params)] for item in self.items]
+        parts = [__version__, items, self.asked]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -136,7 +141,8 @@ class Planner:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
         chosen = ordered(chosen)
         _check_beside(chosen, beside)
-        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs)
+        asked = sampling.model_dump(mode="json", include=set(sampling.asked()))
+        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs, asked)
 
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
