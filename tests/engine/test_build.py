@@ -153,7 +153,7 @@ class Wrong:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda made: [*made, made[0]], "uses 'model.embed_tokens.weight' more than once"),
+        (lambda made: [*made, made[0]], "uses 'model.embed_tokens.weight' for more than one parameter"),
         (lambda made: made[1:], "does not know what to do with 'model.embed_tokens.weight'"),
     ],
 )
@@ -195,6 +195,31 @@ def test_transforms_see_the_whole_tensor(checkpoint: Path, plugins: Plugins) -> 
 
 
 # Plugins
+
+
+def test_parts_of_a_fused_tensor(checkpoint: Path, plugins: Plugins) -> None:
+    """One parameter may take a tensor in parts, each split by a rule of its own; it is read once."""
+    config, family, _ = plan_engine(open_checkpoint(checkpoint), BuildConfig(), plugins)
+    name, fused = "model.layers.0.self_attn.qkv", torch.arange(32 + 16 + 16.0)[:, None].expand(-1, 32)
+    reads = []
+
+    class Fused:
+        def tensor(self, source: str) -> torch.Tensor:
+            reads.append(source)
+            return fused
+
+    def part(first: int, count: int) -> Any:
+        return lambda tensor: tensor[first : first + count]
+
+    pieces = (
+        Piece(name, "heads", part(0, 32)),
+        Piece(name, "kv_heads", part(32, 16)),
+        Piece(name, "kv_heads", part(48, 16)),
+    )
+    made = rank_weights([Weight("qkv", pieces)], config.model, Fused(), TensorParallel(1, 2))  # type: ignore[arg-type]
+    ((_, rank1),) = made
+    assert rank1[:, 0].tolist() == [*range(16, 32), *range(40, 48), *range(56, 64)]
+    assert reads == [name]
 
 
 def test_no_family(checkpoint: Path, tmp_path: Path, plugins: Plugins, without_llama: Plugins) -> None:

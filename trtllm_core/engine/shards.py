@@ -13,13 +13,13 @@ from trtllm_core.plugin import CheckpointView, ModelFamily, Piece, Weight
 
 
 def check_weight_map(family: ModelFamily, config: ModelConfig, checkpoint: CheckpointView) -> Sequence[Weight]:
-    """The family's weight map, once every tensor of the checkpoint is used exactly once.
+    """The family's weight map, once every tensor of the checkpoint is used by exactly one weight.
 
     Raises:
-        CheckpointError: naming tensors that are missing, left over or used twice.
+        CheckpointError: naming tensors that are missing, left over or used by several weights.
     """
     weights = family.weights(config, checkpoint)
-    used = [piece.source for weight in weights for piece in weight.pieces]
+    used = [source for weight in weights for source in {piece.source for piece in weight.pieces}]
     missing = set(used) - checkpoint.names()
     if missing:
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which family {family.name!r} needs")
@@ -28,7 +28,7 @@ def check_weight_map(family: ModelFamily, config: ModelConfig, checkpoint: Check
         raise CheckpointError(f"family {family.name!r} does not know what to do with {_some(left)}")
     twice = {name for name in used if used.count(name) > 1} if len(set(used)) < len(used) else set()
     if twice:
-        raise CheckpointError(f"family {family.name!r} uses {_some(twice)} more than once")
+        raise CheckpointError(f"family {family.name!r} uses {_some(twice)} for more than one parameter")
     return weights
 
 
@@ -37,7 +37,8 @@ def rank_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each parameter of one rank, made when it is reached."""
     for weight in weights:
-        pieces = [shard(_load(piece, checkpoint), piece, config, parallel) for piece in weight.pieces]
+        sources = {name: checkpoint.tensor(name) for name in {piece.source for piece in weight.pieces}}
+        pieces = [shard(_transformed(piece, sources[piece.source]), piece, config, parallel) for piece in weight.pieces]
         yield weight.target, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -66,8 +67,7 @@ def shard(tensor: torch.Tensor, piece: Piece, config: ModelConfig, parallel: Ten
             return tensor
 
 
-def _load(piece: Piece, checkpoint: CheckpointView) -> torch.Tensor:
-    tensor = checkpoint.tensor(piece.source)
+def _transformed(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if piece.transform is None else piece.transform(tensor)
 
 

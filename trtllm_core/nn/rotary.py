@@ -94,9 +94,13 @@ def _yarn_attention_factor(scaling: RotaryScaling) -> float:
 
 
 class RotaryEmbedding(Layer):
-    """Cosines and sines of the tokens' positions, made once a call and used by every layer.
+    """Cosines and sines of positions, for the first ``dim`` elements of each head.
 
-    The table is computed when the engine is loaded, as long as its longest sequence, from float32 angles.
+    The table is computed when the engine is loaded, as long as its longest sequence, from float32 angles. A module
+    makes one and gives it to all its attention layers; contexts look its rows up once a call.
+
+    Elements i and ``i + dim / 2`` of a head turn together. A model that turns neighbours (2i, 2i + 1) has its rows of q
+    and k put in that order by its weight map.
     """
 
     def __init__(
@@ -125,11 +129,13 @@ class RotaryEmbedding(Layer):
 
 
 def rotate_(x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first ``heads`` heads of ``x [..., all_heads, dim]`` by halves, in place, and return ``x``.
+    """Rotate the first ``heads`` heads of ``x [..., all_heads, head_size]`` by halves, in place, and return ``x``.
 
-    ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)``. ``sin`` is signed, as ``RotaryEmbedding`` gives it, so that
-    swapping the halves is all that is left to do. Queries and keys of a fused product turn in one call.
+    ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)``, the halves of a head's first ``dim`` elements; the others stay.
+    ``sin`` is signed, as ``RotaryEmbedding`` gives it, so that swapping the halves is all that is left to do. Queries
+    and keys of a fused product turn in one call.
     """
-    turned = x[..., :heads, :]
-    torch.addcmul(turned * cos, turned.roll(x.shape[-1] // 2, -1), sin, out=turned)
+    dim = cos.shape[-1]
+    turned = x[..., :heads, :] if dim == x.shape[-1] else x[..., :heads, :dim]
+    torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin, out=turned)
     return x

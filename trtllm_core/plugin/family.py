@@ -58,12 +58,19 @@ class Piece:
     """How tensor parallelism splits it: output features (``rows``, axis 0), input features (``columns``, axis 1),
     whole heads of axis 0, key/value heads (repeated where there are fewer than ranks), vocabulary with padding."""
     transform: Transform | None = None
-    """Applied to the whole tensor, as the checkpoint has it, before it is split: a transposition, a permutation."""
+    """Applied to the whole tensor, as the checkpoint has it, before it is split: a transposition, a permutation, a
+    part of a fused tensor. It may look at the output axis only (axis 0, or the last one of a tensor that it
+    transposes) and takes any size of the input axis, and none, as biases have none: adapters push their low-rank
+    factors ``[out, rank]`` through the transforms of the weights that they change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter of the module: its pieces, each split for the rank, then joined along axis 0."""
+    """A parameter of the module: its pieces, each split for the rank, then joined along axis 0.
+
+    A tensor of the checkpoint belongs to one parameter. Where it is several parts fused, several pieces of that
+    parameter name it, each with a transform that takes another part: queries, keys and values are split by other rules.
+    """
 
     target: str
     pieces: tuple[Piece, ...]

@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from trtllm_core.backends.torch.batch import PackedBatch, PaddedRows, Row, causal_mask
+from trtllm_core.backends.torch.biases import capped_attention, causal_bias, padded_bias
 from trtllm_core.backends.torch.pool import KVPool
-from trtllm_core.nn import Attention
+from trtllm_core.nn import Alibi, Attention, RotaryEmbedding, rotate_
 
 
 class PagedContext:
@@ -17,10 +18,12 @@ class PagedContext:
         self.positions = positions
         self.batch = batch
         self.pool = pool
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._ropes: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[tuple[int, int | None, Alibi | None], torch.Tensor] = {}
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
+        self._rotate(layer, qkv)
         cache = self.pool.layers[layer.index]
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
         cache.index_copy_(0, self.batch.write, kv)
@@ -37,31 +40,50 @@ class PagedContext:
             out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row)
         return out.flatten(1)
 
+    def _rotate(self, layer: Attention, qkv: torch.Tensor) -> None:
+        if layer.rotary is None:
+            return
+        rope = self._ropes.get(layer.rotary)
+        if rope is None:
+            rope = self._ropes[layer.rotary] = layer.rotary(self.positions)
+        rotate_(qkv, layer.num_heads + layer.num_kv_heads, *rope)
+
     def _padded(self, layer: Attention, q: torch.Tensor, cache: torch.Tensor, rows: PaddedRows) -> torch.Tensor:
         # Whole blocks are gathered, as one long row each: far fewer and longer copies than entry by entry.
         blocks = cache.view(cache.shape[0] // self.batch.tokens_per_block, -1)
         kv = blocks.index_select(0, rows.blocks).view(rows.count, rows.entries, *cache.shape[1:])
-        return _grouped(layer, q, kv, self._mask(-1, layer.sliding_window, rows))
+        return _grouped(layer, q, kv, self._mask(layer, layer.sliding_window, rows))
 
     def _row(self, layer: Attention, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, row: Row) -> torch.Tensor:
         window = layer.sliding_window if layer.sliding_window and layer.sliding_window < row.length else None
         if row.past > 0:
             kv = row.read(cache)
         if row.queries == 1:
-            return _grouped(layer, q, kv.unsqueeze(0) if window is None else kv[-window:].unsqueeze(0), None)
-        if row.past == 0 and window is None:
+            mask = None if layer.alibi is None else self._mask(layer, window, row)[..., -(window or 0) :]
+            return _grouped(layer, q, kv.unsqueeze(0) if window is None else kv[-window:].unsqueeze(0), mask)
+        if row.past == 0 and window is None and layer.alibi is None:
             return _dense(layer, q, kv, None)
-        return _dense(layer, q, kv, self._mask(row.tokens.start, window, row))
+        return _dense(layer, q, kv, self._mask(layer, window, row))
 
-    def _mask(self, key: int, window: int | None, rows: Row | PaddedRows) -> torch.Tensor:
-        mask = self._masks.get((key, window))
+    def _mask(self, layer: Attention, window: int | None, rows: Row | PaddedRows) -> torch.Tensor:
+        """What ``rows`` see in layers with this window, with the biases of its ALiBi: made once for all of them."""
+        key = (rows.tokens.start if isinstance(rows, Row) else -1, window, layer.alibi)
+        mask = self._masks.get(key)
         if mask is None:
-            if isinstance(rows, PaddedRows):
-                mask = rows.mask(window)
-            else:
-                mask = causal_mask(rows, window, self.positions.device)
-            self._masks[key, window] = mask
+            mask = self._masks[key] = self._made(layer, window, rows)
         return mask
+
+    def _made(self, layer: Attention, window: int | None, rows: Row | PaddedRows) -> torch.Tensor:
+        dtype = self.pool.storage.dtype
+        if isinstance(rows, PaddedRows):
+            seen = rows.mask(window)
+            if layer.alibi is None:
+                return seen
+            bias = padded_bias(layer.alibi, seen, rows.lengths, dtype)
+            return bias.view(rows.count, layer.num_kv_heads, -1, rows.entries)
+        if layer.alibi is None:
+            return causal_mask(rows, window, self.positions.device)
+        return causal_bias(layer.alibi, rows.queries, rows.length, window, dtype)
 
 
 def _grouped(layer: Attention, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -71,22 +93,27 @@ def _grouped(layer: Attention, q: torch.Tensor, kv: torch.Tensor, mask: torch.Te
     """
     k, v = kv.transpose(1, 2).chunk(2, dim=1)
     grouped = q.reshape(q.shape[0], layer.num_kv_heads, -1, layer.head_size)
-    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=layer.scale).flatten(1, 2)
+    if mask is not None and mask.dim() == 3:  # one row's biases, [heads, 1, entries]
+        mask = mask.reshape(1, layer.num_kv_heads, -1, mask.shape[-1])
+    return _scaled_dot_product(layer, grouped, k, v, mask).flatten(1, 2)
 
 
 def _dense(layer: Attention, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """One sequence: ``q [queries, heads, d]``, ``kv [entries, 2 * kv_heads, d]`` -> ``[queries, heads, d]``.
 
-    Without a mask, query i sees entries up to i.
+    Without a mask, query i sees entries up to i. A mask with heads is of queries in reverse: see ``causal_bias``.
     """
     k, v = kv.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
-    out = scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=layer.scale,
-        enable_gqa=layer.num_heads != layer.num_kv_heads,
-    )
-    return out.squeeze(0).transpose(0, 1)
+    q = q.transpose(0, 1).unsqueeze(0)
+    if mask is None or mask.dim() == 2:
+        return _scaled_dot_product(layer, q, k, v, mask, mask is None).squeeze(0).transpose(0, 1)
+    return _scaled_dot_product(layer, q.flip(2), k, v, mask.unsqueeze(0)).flip(2).squeeze(0).transpose(0, 1)
+
+
+def _scaled_dot_product(
+    layer: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False
+) -> torch.Tensor:
+    if layer.softcap is not None:
+        return capped_attention(q, k, v, mask, causal, layer.scale, layer.softcap)
+    gqa = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=gqa)

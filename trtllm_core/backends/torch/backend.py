@@ -16,7 +16,7 @@ from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
 from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, write_weights
 from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
-from trtllm_core.nn import RotaryEmbedding
+from trtllm_core.nn import Alibi, RotaryEmbedding
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Availability, Backend, ModelFamily
 
@@ -95,6 +95,8 @@ class TorchBackend(Backend):
         for layer in module.modules():
             if isinstance(layer, RotaryEmbedding):
                 layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))
+            elif isinstance(layer, Alibi):
+                layer.prepare(device)
         choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant, weights.evict)
         return TorchExecutable(config, module, device, batch_invariant)
 

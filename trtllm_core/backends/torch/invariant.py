@@ -6,10 +6,13 @@ import torch
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import Row
+from trtllm_core.backends.torch.kernels import invariant_rows
 from trtllm_core.nn import Attention
 
 TILE = 64
 """Cache entries of one tile. Sums run tile by tile, so that what follows a row's end adds exact zeros."""
+
+_TANH = invariant_rows(torch.tanh)
 
 
 class InvariantContext(PagedContext):
@@ -17,6 +20,7 @@ class InvariantContext(PagedContext):
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
+        self._rotate(layer, qkv)
         cache = self.pool.layers[layer.index]
         q = qkv[:, : layer.num_heads]
         cache.index_copy_(0, self.batch.write, qkv[:, layer.num_heads :])
@@ -52,6 +56,10 @@ def _attend(layer: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         keys = k[tile].expand(queries, -1, -1, -1).reshape(queries * kv_heads, TILE, d)
         values = v[tile].expand(queries, -1, -1, -1).reshape(queries * kv_heads, TILE, d)
         scores = torch.bmm(grouped, keys.transpose(1, 2)).view(queries, kv_heads, group, TILE) * layer.scale
+        if layer.softcap is not None:
+            scores = _TANH(scores / layer.softcap) * layer.softcap
+        if layer.alibi is not None:
+            scores = scores + layer.alibi(entry - position).view(queries, kv_heads, group, TILE)
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         peak = torch.maximum(best, scores.amax(-1, keepdim=True))
         safe = torch.where(peak == -torch.inf, 0.0, peak)

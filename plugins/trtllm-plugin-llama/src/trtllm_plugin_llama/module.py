@@ -17,18 +17,17 @@ from trtllm_core.nn import (
     RotaryEmbedding,
     RowLinear,
     VocabParallelEmbedding,
-    rotate_,
 )
 from trtllm_core.parallel import TensorParallel
 from trtllm_plugin_llama.config import LlamaExtras
-
-Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class LlamaAttention(Layer):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, index: int, config: ModelConfig, extras: LlamaExtras, parallel: TensorParallel) -> None:
+    def __init__(
+        self, index: int, config: ModelConfig, extras: LlamaExtras, rotary: RotaryEmbedding, parallel: TensorParallel
+    ) -> None:
         super().__init__()
         self.qkv = QKVLinear(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size, parallel, extras.qkv_bias
@@ -41,28 +40,30 @@ class LlamaAttention(Layer):
             self.qkv.num_kv_heads,
             config.head_size,
             sliding_window=config.sliding_window if windowed else None,
+            rotary=rotary,
         )
 
-    def forward(self, x: torch.Tensor, rope: Rope, context: AttentionContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.qkv.head_size))
-        rotate_(qkv, self.qkv.num_heads + self.qkv.num_kv_heads, *rope)
         return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
 
 
 class LlamaLayer(Layer):
     """One decoder layer."""
 
-    def __init__(self, index: int, config: ModelConfig, extras: LlamaExtras, parallel: TensorParallel) -> None:
+    def __init__(
+        self, index: int, config: ModelConfig, extras: LlamaExtras, rotary: RotaryEmbedding, parallel: TensorParallel
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, extras.norm_eps)
-        self.attention = LlamaAttention(index, config, extras, parallel)
+        self.attention = LlamaAttention(index, config, extras, rotary, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, extras.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, extras.intermediate_size, extras.activation, parallel, extras.mlp_bias)
 
-    def forward(self, x: torch.Tensor, rope: Rope, context: AttentionContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
-        x = x + self.attention(self.attention_norm(x), rope, context)
+        x = x + self.attention(self.attention_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
@@ -73,19 +74,18 @@ class LlamaModule(Layer):
         super().__init__()
         extras = LlamaExtras(**config.extras)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel)
-        self.layers = nn.ModuleList(LlamaLayer(i, config, extras, parallel) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, extras.norm_eps)
-        self.head = None if extras.tied_head else LMHead(config.vocab_size, config.hidden_size, parallel)
-        self.rotary = RotaryEmbedding(
+        rotary = RotaryEmbedding(
             config.head_size, extras.rope_theta, config.max_position_embeddings, extras.rope_scaling
         )
+        self.layers = nn.ModuleList(LlamaLayer(i, config, extras, rotary, parallel) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, extras.norm_eps)
+        self.head = None if extras.tied_head else LMHead(config.vocab_size, config.hidden_size, parallel)
 
     def forward(self, input_ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``input_ids [...] -> [..., hidden_size]``, normalised, ready for ``logits``."""
         x = self.embedding(input_ids)
-        rope = self.rotary(context.positions)
         for layer in self.layers:
-            x = layer(x, rope, context)
+            x = layer(x, context)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
