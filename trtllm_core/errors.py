@@ -65,6 +65,10 @@ class PluginRuntimeError(PluginError, RuntimeError):
     """A plugin raised while it ran; the cause is chained."""
 
 
+class BranchError(PluginRuntimeError):
+    """Raised by a host plugin about the branch at hand: this one ends, and others that use the plugin go on."""
+
+
 class CapacityError(TrtllmCoreError, RuntimeError):
     """More was asked for than the engine's limits or the KV pool can ever hold."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Self
 
@@ -40,6 +41,7 @@ class GenerationSession(EngineProperties):
         plugins: where everything is looked up; None loads what is installed.
         tokenizer: of the engine; needed by stop strings and text deltas.
         end_ids: tokens that end a sequence where its SamplingConfig names none; None takes the tokenizer's.
+        clock: seconds since some moment, for time limits; of several ranks, rank 0's counts.
         options: the backend's own, such as ``device``.
     """
 
@@ -54,6 +56,7 @@ class GenerationSession(EngineProperties):
         plugins: Plugins | None = None,
         tokenizer: Tokenizer | None = None,
         end_ids: Sequence[int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> None:
         self.plugins = plugins or Plugins.load()
@@ -75,7 +78,10 @@ class GenerationSession(EngineProperties):
         ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
         token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
         planner = Planner(self.plugins, frozenset() if token_bytes is None else frozenset({"text"}))
-        branches = BranchTable(self.config, self.device, planner, tuple(ends), token_bytes, debug_mode)
+        share = self.session.engine.broadcast
+        branches = BranchTable(
+            self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
+        )
         cache = make_cache(self.kv_config, self.session.engine, self.plugins)
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self._batch = StaticBatch(self.loop)

@@ -73,10 +73,11 @@ class StepLoop:
             slot = torch.from_numpy(asking).to(self.session.device, non_blocking=True)
             self.branches.pipeline.prepare(asking.tolist())
             scores = self.branches.pipeline.apply(logits, slot, self._offsets[: len(asking)])
-            # A sampler may overwrite what it is given; log-probabilities are taken from the scores afterwards.
-            given = scores.clone() if self.branches.wants_log_probs else scores
+            # A sampler may overwrite what it is given; who looks at the scores afterwards must find them as they were.
+            looks = self.branches.wants_log_probs or self.branches.rules.wants_logits
+            given = scores.clone() if looks else scores
             selection = self.branches.choosers.select(given, slot, self._offsets[: len(asking)])
-            verdict = self.branches.rules.check(selection, slot, asking.tolist())
+            verdict = self.branches.rules.check(selection, slot, asking.tolist(), scores)
             deltas = self._commit(asking, slot, scores, selection, verdict)
         self._observe(rows, generation, started)
         return deltas

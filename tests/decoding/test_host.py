@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core.decoding.host import HostCriterionAdapter, HostProcessorAdapter, HostRow
+from trtllm_core.decoding.host import HostCriterionAdapter, HostProcessorAdapter, HostRow, MaskBuffer, unpacked
+from trtllm_core.errors import BranchError
 from trtllm_core.plugin.logits import HostLogitsProcessor, LogitsCapabilities, Phase
 from trtllm_core.plugin.stopping import HostStoppingCriterion, Stop
 
@@ -128,6 +129,59 @@ def test_verify_positions_see_the_drafts_before_them(new_floor, plugin):
             floor.append(1, draft[1, offset : offset + 1].tolist())
             adapter.commit_rows([1], [draft[1, offset : offset + 1].tolist()])
     assert torch.equal(logits, plain)
+
+
+def test_bits_are_unpacked_alike_on_the_host_and_on_a_device(rng):
+    masks = MaskBuffer(70, torch.device("cpu"))
+    for n in (3, 1, 5):
+        words = masks.cleared(n)
+        assert (words.shape, words.dtype, (words == -1).all()) == ((n, 3), np.int32, True)
+        words[:] = rng.integers(-(2**31), 2**31, words.shape)
+        want = [[not int(row[t // 32]) >> (t % 32) & 1 for t in range(96)] for row in words]
+        assert masks.forbidden(n).tolist() == want
+        assert unpacked(torch.from_numpy(~words).view(torch.uint8)).tolist() == want
+
+
+class Ascending(Only):
+    """Allows larger tokens alone, and counts its copies."""
+
+    copies = 0
+
+    def start(self, view):
+        return [view.prompt[-1]]
+
+    def mask(self, state, tokens, words):
+        words[0] = -1 << (state[-1] + 1)
+        words[1:] = 0
+        return True
+
+    def accept(self, state, tokens):
+        for token in tokens:
+            if token <= state[-1]:
+                raise BranchError(f"{token} is too small")
+            state.append(token)
+        return state
+
+    def copy(self, state):
+        self.copies += 1
+        return list(state)
+
+
+def test_a_draft_is_followed_on_one_copy_and_to_the_first_token_that_is_refused(new_floor):
+    plugin = Ascending()
+    floor, adapter = started(new_floor, HostProcessorAdapter, plugin)
+    draft = np.array([[8, 9, 9, 12], [4, 5, 6, 7]] * 3)
+    logits = torch.zeros(10, 72)
+    adapter.apply(logits, floor.logits_batch([0] * 5 + [1] * 5, offsets=[0, 1, 2, 3, 4] * 2, draft=draft))
+    allowed = [(row == 0).nonzero().flatten().tolist() for row in logits]
+    everything = list(range(72))
+    assert allowed[:5] == [list(range(2, 32)), list(range(9, 32)), list(range(10, 32)), everything, everything]
+    assert allowed[5:] == [list(range(t + 1, 32)) for t in (2, 4, 5, 6, 7)]
+    assert plugin.copies == 2
+    assert adapter.take_failed() == {}
+    adapter.commit_rows([0, 1], [[1], [9]])
+    assert {slot: str(error) for slot, error in adapter.take_failed().items()} == {0: "1 is too small"}
+    assert adapter.take_failed() == {}
 
 
 @pytest.mark.parametrize("cycle", [(1, 0), (1, 2, 0), (0, 0, 0)])

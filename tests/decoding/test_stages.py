@@ -19,6 +19,7 @@ from trtllm_core.plugin import (
     Phase,
     Selection,
     Stop,
+    StoppingCapabilities,
     hookimpl,
 )
 from trtllm_core.testing.markov import MarkovExecutable
@@ -198,8 +199,8 @@ class HostCommits(HostStoppingCriterion):
         """Never called."""
 
 
-class EndsAll(HostStoppingCriterion):
-    scope = "request"
+class HostLooks(HostStoppingCriterion):
+    capabilities = StoppingCapabilities(needs=frozenset({"logits"}))
 
     def check(self, state, tokens, new):
         return None
@@ -210,7 +211,7 @@ class EndsAll(HostStoppingCriterion):
     [
         ({"logits_processor": HostBegins()}, PluginContractError, "'HostBegins' .* has begin, .*: write start"),
         ({"stopping_criteria": HostCommits()}, PluginContractError, "'HostCommits' .* has commit, .*: write accept"),
-        ({"stopping_criteria": EndsAll()}, ConfigError, "'EndsAll' needs 'scope=request'"),
+        ({"stopping_criteria": HostLooks()}, ConfigError, "'HostLooks' needs 'logits'"),
     ],
 )
 def test_what_is_declared_and_not_honoured_is_refused(runner, objects, error, words):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -32,6 +35,7 @@ class BranchTable:
         end_ids: tuple[int, ...],
         token_bytes: TokenBytes | None = None,
         debug: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         build = config.build
         self.planner = planner
@@ -43,6 +47,7 @@ class BranchTable:
             config.vocab_size_padded,
             device,
             token_bytes,
+            clock,
         )
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_batch_size, history, debug)
@@ -130,7 +135,7 @@ class BranchTable:
         count = torch.tensor(counts, device=slot.device)
         self.slots.commit(slot, selection.tokens, count)
         self.slots.record(slots, padded, np.array(counts))
-        rows = CommittedRows(slot, selection.tokens, count, slots.tolist(), new)
+        rows = CommittedRows(slot, selection.tokens, count, slots.tolist(), new, verdict.scores)
         for stages in self.stages:
             stages.commit(rows)
         held = [

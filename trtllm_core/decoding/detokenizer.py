@@ -29,7 +29,8 @@ class TokenBytes:
     """
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = tuple(pieces)
+        self.pieces = tuple(pieces)
+        """The bytes of each token, by id."""
 
     @classmethod
     def of(cls, tokenizer: tokenizers.Tokenizer | Tokenizer) -> TokenBytes:
@@ -47,11 +48,11 @@ class TokenBytes:
         return cls([pieces.get(id_, b"") for id_ in range(max(pieces, default=-1) + 1)])
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self.pieces)
 
     def __call__(self, ids: Sequence[int]) -> bytes:
         """The bytes of tokens, which need not be whole characters."""
-        pieces = self._pieces
+        pieces = self.pieces
         return b"".join([pieces[id_] for id_ in ids if 0 <= id_ < len(pieces)])
 
 
@@ -166,7 +167,7 @@ def _sentencepiece(token: str, border: str) -> bytes:
 def _byte_level(token: str) -> bytes:
     """Byte-level BPE writes each byte as one printable character; what is no such writing stands for itself."""
     try:
-        return bytes([_BYTES[character] for character in token])
+        return bytes([BYTE_LEVEL[character] for character in token])
     except KeyError:
         return token.encode()
 
@@ -178,4 +179,5 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _printable_bytes()
+BYTE_LEVEL = _printable_bytes()
+"""Character → byte, of byte-level vocabularies."""

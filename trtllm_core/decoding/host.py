@@ -6,13 +6,14 @@ loop does, it uses the ``_rows`` methods; the tensor methods copy to the host fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
+from trtllm_core.errors import BranchError
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, HostLogitsProcessor
 from trtllm_core.plugin.stopping import HostStoppingCriterion, Stop
@@ -46,6 +47,8 @@ class HostAdapter(SlotPlugin, Generic[P]):
     def __init__(self, plugin: P, history: History) -> None:
         self.plugin = plugin
         self.history = history
+        self.failed: dict[int, BranchError] = {}
+        """Slots about which the plugin raised ``BranchError``, until ``take_failed``."""
         self._states: dict[int, Any] = {}
 
     def setup(self, context: DecodingContext) -> None:
@@ -62,7 +65,10 @@ class HostAdapter(SlotPlugin, Generic[P]):
         """As ``commit``: ``new[i]`` was committed in ``slots[i]``. Slots that did not ask are passed over."""
         for slot, tokens in zip(slots, new, strict=True):
             if tokens and slot in self._states:
-                self._states[slot] = self.plugin.accept(self._states[slot], tokens)
+                try:
+                    self._states[slot] = self.plugin.accept(self._states[slot], tokens)
+                except BranchError as error:
+                    self.failed[slot] = error
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         self.fork_rows(src.tolist(), dst.tolist())
@@ -78,7 +84,13 @@ class HostAdapter(SlotPlugin, Generic[P]):
 
     def end(self, slot: int) -> None:
         self._states.pop(slot, None)
+        self.failed.pop(slot, None)
         self.plugin.end(slot)
+
+    def take_failed(self) -> dict[int, BranchError]:
+        """What the plugin raised about single branches since the last call."""
+        failed, self.failed = self.failed, {}
+        return failed
 
 
 class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcessor):
@@ -98,13 +110,11 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         """Whether it has the mask-only form."""
         self.processes = kind.process is not HostLogitsProcessor.process
         """Whether it must see the logits."""
-        self._prepared: tuple[list[HostRow | None], torch.Tensor | None] | None = None
+        self._prepared: tuple[list[HostRow | None], bool] | None = None  # the positions, and whether any has a mask
 
     def setup(self, context: DecodingContext) -> None:
         super().setup(context)
-        self._device = context.device
-        self._words = -(-context.vocab_size_padded // 32)
-        self._bits = torch.arange(32, dtype=torch.int32, device=context.device)
+        self._masks = MaskBuffer(context.vocab_size_padded, context.device)
 
     def companions(self, view: BranchView) -> Sequence[Sequence[int]]:
         return self.plugin.companions(view)
@@ -116,36 +126,92 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
     def prepare(self, rows: Sequence[HostRow | None]) -> None:
         """Fill the masks of the next ``apply``. ``rows`` are its positions; None where one is not active."""
         rows = [row if row is not None and row.slot in self._states else None for row in rows]
-        words = np.full((len(rows), self._words), -1, np.int32)
         masked = False
         if self.masks:
-            for row, mask in zip(rows, words, strict=True):
-                if row is not None and not self.plugin.mask(*self._at(row), mask):
-                    mask.fill(-1)
-                elif row is not None:
-                    masked = True
-        device_words = torch.from_numpy(words).to(self._device, non_blocking=True) if masked else None
-        self._prepared = rows, device_words
+            masks = self._masks.cleared(len(rows))
+            for i, slot, state, tokens in self._positions(rows):
+                try:
+                    if self.plugin.mask(state, tokens, masks[i]):
+                        masked = True
+                        continue
+                except BranchError as error:
+                    self.failed[slot] = error
+                masks[i].fill(-1)
+        self._prepared = rows, masked
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         if self._prepared is None:
             self.prepare(_host_rows(batch))
         assert self._prepared is not None
-        (rows, words), self._prepared = self._prepared, None
-        if words is not None:
-            allowed = ((words.unsqueeze(2) >> self._bits) & 1).view(len(rows), -1)
-            logits.masked_fill_(allowed[:, : logits.shape[1]] == 0, -torch.inf)
+        (rows, masked), self._prepared = self._prepared, None
+        if masked:
+            logits.masked_fill_(self._masks.forbidden(len(rows))[:, : logits.shape[1]], -torch.inf)
         if self.processes:
-            for row, row_logits in zip(rows, logits, strict=True):
-                if row is not None:
-                    self.plugin.process(*self._at(row), row_logits)
+            for i, slot, state, tokens in self._positions(rows):
+                try:
+                    self.plugin.process(state, tokens, logits[i])
+                except BranchError as error:
+                    self.failed[slot] = error
 
-    def _at(self, row: HostRow) -> tuple[Any, Sequence[int]]:
-        """State and tokens at a position: those of the slot, and what its drafts would make of them."""
-        state, tokens = self._states[row.slot], self.history(row.slot)
-        if not row.draft:
-            return state, tokens
-        return self.plugin.accept(self.plugin.copy(state), row.draft), [*tokens, *row.draft]
+    def _positions(self, rows: Sequence[HostRow | None]) -> Iterator[tuple[int, int, Any, Sequence[int]]]:
+        """Index, slot, state and tokens of each active position: those of the slot, and what its drafts make of them.
+
+        A slot's state is copied once for all its drafts. What follows a draft that the plugin refuses can never be
+        chosen, and is passed over.
+        """
+        state: Any = None
+        slot, draft, refused = -1, tuple[int, ...](), False  # whose copy it is, the drafts that it has seen
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            if not row.draft:
+                yield i, row.slot, self._states[row.slot], self.history(row.slot)
+                continue
+            if row.slot != slot or row.draft[: len(draft)] != draft:
+                slot, draft, refused = row.slot, (), False
+                state = self.plugin.copy(self._states[slot])
+            if not refused:
+                try:
+                    state = self.plugin.accept(state, row.draft[len(draft) :])
+                except BranchError:
+                    refused = True
+            draft = row.draft
+            if not refused:
+                yield i, slot, state, [*self.history(slot), *draft]
+
+
+class MaskBuffer:
+    """Packed masks of a step's positions, filled on the host and applied on the device.
+
+    Args:
+        width: of the logits.
+        device: of the logits.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._device = device
+        self._words = np.empty((0, -(-width // 32)), np.int32)
+
+    def cleared(self, n: int) -> np.ndarray:
+        """int32 ``[n, ceil(width / 32)]``, all ones: nothing is forbidden. It is the same memory each time."""
+        if n > len(self._words):
+            self._words = np.empty((n, self._words.shape[1]), np.int32)
+        words = self._words[:n]
+        words.fill(-1)
+        return words
+
+    def forbidden(self, n: int) -> torch.Tensor:
+        """bool ``[n, …]``: what the first ``n`` masks forbid, on the device; at least ``width`` wide."""
+        closed = np.invert(self._words[:n]).view(np.uint8)
+        if self._device.type == "cpu":
+            return torch.from_numpy(np.unpackbits(closed, axis=1, bitorder="little")).view(torch.bool)
+        return unpacked(torch.from_numpy(closed).to(self._device, non_blocking=True))
+
+
+def unpacked(octets: torch.Tensor) -> torch.Tensor:
+    """The bits of bytes, the lowest first: bool ``[n, 8 * m]`` for uint8 ``[n, m]``, on the same device."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    return ((octets.unsqueeze(2) >> shifts) & 1).flatten(1).bool()
 
 
 class HostCriterionAdapter(HostAdapter[HostStoppingCriterion]):
@@ -157,12 +223,16 @@ class HostCriterionAdapter(HostAdapter[HostStoppingCriterion]):
 
     def check_rows(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> list[Stop | None]:
         """What the criterion says of ``new[i]``, chosen in ``slots[i]`` and not committed yet. Changes nothing."""
-        return [
-            self.plugin.check(self._states[slot], self.history(slot), tokens)
-            if tokens and slot in self._states
-            else None
-            for slot, tokens in zip(slots, new, strict=True)
-        ]
+        return [self._check(slot, tokens) for slot, tokens in zip(slots, new, strict=True)]
+
+    def _check(self, slot: int, new: Sequence[int]) -> Stop | None:
+        if not new or slot not in self._states:
+            return None
+        try:
+            return self.plugin.check(self._states[slot], self.history(slot), new)
+        except BranchError as error:
+            self.failed[slot] = error
+            return None
 
     def pending_text(self, slot: int) -> int:
         """Bytes at the end of a slot's text that a stream must hold back."""

@@ -45,6 +45,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
                 rows = [HostRow(slot) if slot in stage.members else None for slot in slots]
                 try:
                     stage.call(stage.plugin.prepare, rows)
+                    self._fail_branches(stage)
                 except PluginError as error:
                     self._fail(stage, error)
                     self._broken.append(stage)
@@ -68,6 +69,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
                 batch = LogitsBatch(self.context, slot, offset, stage.flags[slot], draft)
                 try:
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
+                    self._fail_branches(stage)
                 except PluginError as error:
                     self._fail(stage, error)
                     stages.remove(stage)

@@ -16,6 +16,7 @@ from trtllm_core.errors import ConfigError, PluginContractError, PluginError, Pl
 from trtllm_core.plugin import (
     BranchView,
     Decoder,
+    DeviceStoppingCriterion,
     HostLogitsProcessor,
     HostStoppingCriterion,
     LogitsProcessor,
@@ -128,15 +129,15 @@ class Planner:
         self._check_honoured(sampling, consumers)
         log_probs = sampling.output_log_probs or sampling.output_cum_log_probs
         notes = []
-        if decoder.plugin.capabilities.greedy and not log_probs:  # type: ignore[attr-defined]
+        looks = log_probs or any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
+        if decoder.plugin.capabilities.greedy and not looks:  # type: ignore[attr-defined]
             idle = [item for item in chosen if item.plugin.capabilities.argmax_invariant]  # type: ignore[attr-defined]
             notes = [f"{item.name}: left out, it cannot change which logit is largest" for item in idle]
             chosen = [item for item in chosen if item not in idle]
         for item in (decoder, *chosen, *stops):
-            missing = item.plugin.capabilities.needs - self.offers  # type: ignore[attr-defined]
+            offers = self.offers | {"logits"} if isinstance(item.plugin, DeviceStoppingCriterion) else self.offers
+            missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
             missing |= {name for base, name in UNUSED if _overrides(item.plugin, base, name)}
-            if getattr(item.plugin, "scope", "row") != "row":
-                missing |= {f"scope={item.plugin.scope}"}  # type: ignore[attr-defined]
             if missing:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
         chosen = ordered(chosen)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.plugin import DecodingContext
 
 
@@ -23,7 +25,8 @@ class Slots:
         vocab_size: int,
         vocab_size_padded: int,
         device: torch.device,
-        text: Callable[[Sequence[int]], bytes] | None = None,
+        text: TokenBytes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tokens = np.zeros((count, max_seq_len), np.int32)
         """int32 ``[slots, max_seq_len]``: prompt and committed tokens."""
@@ -42,6 +45,8 @@ class Slots:
             prompt_lengths=torch.zeros(count, dtype=torch.int64, device=device),
             seeds=torch.zeros(count, dtype=torch.int64, device=device),
             text=text,
+            vocabulary=None if text is None else text.pieces,
+            clock=clock,
         )
 
     @property

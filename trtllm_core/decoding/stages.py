@@ -11,12 +11,22 @@ import torch
 
 from trtllm_core.decoding.host import HostAdapter
 from trtllm_core.decoding.plan import PlanItem
-from trtllm_core.errors import ConfigError, PluginError, PluginRuntimeError
+from trtllm_core.errors import BranchError, ConfigError, PluginError, PluginRuntimeError
 from trtllm_core.plugin import BranchView, CommitBatch, DecodingContext
 from trtllm_core.plugin.lifecycle import SlotPlugin
 
 P = TypeVar("P", bound=SlotPlugin)
 R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The processed logits of a step, and which of its tokens came from which."""
+
+    logits: torch.Tensor
+    """float32 ``[m, vocab_size_padded]``."""
+    source: torch.Tensor
+    """int64 ``[n, k]``: the row of ``logits`` that each token was chosen from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +42,12 @@ class CommittedRows:
     slots: Sequence[int]
     new: Sequence[Sequence[int]]
     """The tokens of each slot, as lists."""
+    scores: Scores | None = None
+    """Where the tokens came from; needed where a plugin asks for logits."""
 
-    def batch(self, context: DecodingContext, flags: torch.Tensor) -> CommitBatch:
+    def batch(self, stage: Stage[Any]) -> CommitBatch:
         """What a device plugin is shown."""
-        return CommitBatch(context, self.slot, self.tokens, self.counts, flags[self.slot])
+        return stage.commit_batch(self.slot, self.tokens, self.counts, self.scores)
 
 
 class Stage(Generic[P]):
@@ -45,9 +57,11 @@ class Stage(Generic[P]):
         self.item = item
         self.name = item.name
         self.plugin = plugin
+        self.context = context
         self.flags = torch.zeros(context.slots, dtype=torch.bool, device=context.device)
         """bool ``[slots]``: what ``members`` says, on the device."""
         self.members: set[int] = set()
+        self.wants_logits = "logits" in getattr(getattr(item.plugin, "capabilities", None), "needs", ())
         self.seconds = 0.0
         """Host time spent in the plugin since the session began."""
         self._share = 0.0  # what a member from the beginning on would have been charged: see ``call``
@@ -74,6 +88,15 @@ class Stage(Generic[P]):
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self._share += seconds / (len(self.members) or 1)
+
+    def commit_batch(
+        self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, scores: Scores | None
+    ) -> CommitBatch:
+        """The step's tokens as this plugin is shown them: with the logits where it needs them."""
+        active = self.flags[slot]
+        if scores is None or not self.wants_logits:
+            return CommitBatch(self.context, slot, tokens, counts, active)
+        return CommitBatch(self.context, slot, tokens, counts, active, scores.logits, scores.source)
 
     def begin(self, item: PlanItem, view: BranchView) -> None:
         """A branch joins. ``item`` is that of its own plan, with its own parameters.
@@ -164,8 +187,9 @@ class Stages(Generic[P]):
             try:
                 if isinstance(stage.plugin, HostAdapter):
                     stage.call(stage.plugin.commit_rows, rows.slots, rows.new)
+                    self._fail_branches(stage)
                 else:
-                    stage.call(stage.plugin.commit, rows.batch(self.context, stage.flags))
+                    stage.call(stage.plugin.commit, rows.batch(stage))
             except PluginError as error:
                 self._fail(stage, error)
 
@@ -218,6 +242,14 @@ class Stages(Generic[P]):
         stage.error = error
         for slot in stage.members:
             self.failures.setdefault(slot, error)
+
+    def _fail_branches(self, stage: Stage[P]) -> None:
+        """What a host plugin raised about single branches fails these alone."""
+        if isinstance(stage.plugin, HostAdapter) and stage.plugin.failed:
+            for slot, error in stage.plugin.take_failed().items():
+                told = BranchError(f"plugin {stage.name!r}: {error}")
+                told.__cause__ = error
+                self.failures.setdefault(slot, told)
 
     def _stage(self, item: PlanItem) -> Stage[P]:
         stage = self._all.get(item.key)

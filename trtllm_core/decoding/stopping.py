@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from trtllm_core.decoding.host import HostCriterionAdapter
-from trtllm_core.decoding.stages import Stage, Stages
+from trtllm_core.decoding.stages import Scores, Stage, Stages
 from trtllm_core.errors import PluginContractError, PluginError
 from trtllm_core.plugin import (
-    CommitBatch,
     DecodingContext,
     DeviceStoppingCriterion,
     HostStoppingCriterion,
@@ -30,8 +29,12 @@ class Verdict:
     tokens: list[list[int]]
     """What was chosen, before any cut."""
     stops: list[Stop | None]
+    ends_request: list[bool]
+    """Whether a row's stop ends all branches of its request: a criterion of that scope stopped there, or before."""
     wrong: dict[int, str]
     """Slots whose decoder chose what is no token, and what that was. They have no tokens here."""
+    scores: Scores | None = None
+    """What the tokens were chosen from, for the commit; None where no criterion needs it."""
 
 
 class StoppingRules(Stages[Criterion]):
@@ -47,20 +50,51 @@ class StoppingRules(Stages[Criterion]):
 
         super().__init__(context, wrap)
 
-    def check(self, selection: Selection, slot: torch.Tensor, slots: Sequence[int]) -> Verdict:
-        """Ask all criteria. Pure; this is where the step's tokens come to the host, in one transfer."""
+    @property
+    def wants_logits(self) -> bool:
+        """Whether a criterion at work needs the step's logits."""
+        return any(stage.wants_logits for stage in self.live)
+
+    def check(
+        self,
+        selection: Selection,
+        slot: torch.Tensor,
+        slots: Sequence[int],
+        logits: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
+    ) -> Verdict:
+        """Ask all criteria. Pure; this is where the step's tokens come to the host, in one transfer.
+
+        ``logits`` and ``source`` are as in ``CommitBatch``, and looked at where ``wants_logits``; without ``source``,
+        each row's tokens are from the row of the same number.
+        """
         width = selection.tokens.shape[1]
+        scores = self._scores(selection, logits, source)
         device = [s for s in self.live if isinstance(s.plugin, DeviceStoppingCriterion)]
         columns = [selection.tokens, selection.counts.unsqueeze(1)]
         for stage in device:
-            columns.append(self._ask(stage, selection, slot).unsqueeze(1))
+            columns.append(self._ask(stage, selection, slot, scores).unsqueeze(1))
         table = torch.cat(columns, 1).tolist()
         tokens, wrong = self._known(slots, [(row[:width], row[width]) for row in table])
-        stops = [self._earliest(device, row[width + 1 :], len(new)) for row, new in zip(table, tokens, strict=True)]
+        ends = [_Ends() for _ in slots]
+        for row, new, end in zip(table, tokens, ends, strict=True):
+            for stage, at in zip(device, row[width + 1 :], strict=True):
+                if 0 <= at < len(new):
+                    plugin = stage.plugin
+                    assert isinstance(plugin, DeviceStoppingCriterion)
+                    end.add(Stop(plugin.reason, at, plugin.counted), plugin.scope)
         for stage in self.live:
             if isinstance(stage.plugin, HostCriterionAdapter):
-                self._ask_host(stage, stage.plugin, slots, tokens, stops)
-        return Verdict(tokens, stops, wrong)
+                self._ask_host(stage, stage.plugin, slots, tokens, ends)
+        return Verdict(tokens, [end.stop for end in ends], [end.of_request for end in ends], wrong, scores)
+
+    def _scores(self, selection: Selection, logits: torch.Tensor | None, source: torch.Tensor | None) -> Scores | None:
+        if logits is None or not self.wants_logits:
+            return None
+        if source is None:
+            rows = torch.arange(len(selection.tokens), device=logits.device)
+            source = rows.unsqueeze(1).expand_as(selection.tokens)
+        return Scores(logits, source)
 
     def _known(
         self, slots: Sequence[int], chosen: Sequence[tuple[list[int], int]]
@@ -91,10 +125,11 @@ class StoppingRules(Stages[Criterion]):
                     self._fail(stage, error)
         return most
 
-    def _ask(self, stage: Stage[Criterion], selection: Selection, slot: torch.Tensor) -> torch.Tensor:
+    def _ask(
+        self, stage: Stage[Criterion], selection: Selection, slot: torch.Tensor, scores: Scores | None
+    ) -> torch.Tensor:
         assert isinstance(stage.plugin, DeviceStoppingCriterion)
-        active = stage.flags[slot]
-        batch = CommitBatch(self.context, slot, selection.tokens, selection.counts, active)
+        batch = stage.commit_batch(slot, selection.tokens, selection.counts, scores)
         try:
             at = stage.call(stage.plugin.check, batch)
             if not isinstance(at, torch.Tensor) or (at.shape, at.dtype, at.device) != (
@@ -106,18 +141,7 @@ class StoppingRules(Stages[Criterion]):
         except PluginError as error:
             self._fail(stage, error)
             return torch.full_like(slot, -1)
-        return torch.where(active, at, -1)
-
-    @staticmethod
-    def _earliest(stages: Sequence[Stage[Criterion]], answers: Sequence[int], count: int) -> Stop | None:
-        best: Stop | None = None
-        for stage, at in zip(stages, answers, strict=True):
-            plugin = stage.plugin
-            assert isinstance(plugin, DeviceStoppingCriterion)
-            stop = Stop(plugin.reason, at, plugin.counted) if 0 <= at < count else None
-            if _earlier(stop, best):
-                best = stop
-        return best
+        return torch.where(batch.active, at, -1)
 
     def _ask_host(
         self,
@@ -125,11 +149,12 @@ class StoppingRules(Stages[Criterion]):
         adapter: HostCriterionAdapter,
         slots: Sequence[int],
         tokens: Sequence[Sequence[int]],
-        stops: list[Stop | None],
+        ends: Sequence[_Ends],
     ) -> None:
         rows = [i for i, slot in enumerate(slots) if slot in stage.members]
         try:
             answers = stage.call(adapter.check_rows, [slots[i] for i in rows], [tokens[i] for i in rows])
+            self._fail_branches(stage)
         except PluginError as error:
             self._fail(stage, error)
             return
@@ -139,11 +164,31 @@ class StoppingRules(Stages[Criterion]):
                     f"criterion {stage.name!r} returned a {type(stop).__name__} from check, not a Stop or None"
                 )
                 self.failures.setdefault(slots[i], error)
-            elif _earlier(stop, stops[i]):
-                stops[i] = stop
+            elif stop is not None:
+                ends[i].add(stop, adapter.scope)
 
 
-def _earlier(stop: Stop | None, other: Stop | None) -> bool:
-    if stop is None or other is None:
-        return stop is not None
-    return (stop.at, stop.reason == "length") < (other.at, other.reason == "length")
+@dataclass(slots=True)
+class _Ends:
+    """What was said of one row's end so far."""
+
+    stop: Stop | None = None
+    """The one that counts."""
+    whole: int | None = None
+    """The first token at which a criterion of scope ``request`` stopped."""
+
+    def add(self, stop: Stop, scope: str) -> None:
+        """A criterion stopped the row."""
+        if self.stop is None or _order(stop) < _order(self.stop):
+            self.stop = stop
+        if scope == "request" and (self.whole is None or stop.at < self.whole):
+            self.whole = stop.at
+
+    @property
+    def of_request(self) -> bool:
+        """Whether the row's end is its request's. What comes after the end of the row never happened."""
+        return self.stop is not None and self.whole is not None and self.whole <= self.stop.at
+
+
+def _order(stop: Stop) -> tuple[int, bool]:
+    return stop.at, stop.reason == "length"

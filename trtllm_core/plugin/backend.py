@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trtllm_core.config import EngineConfig
     from trtllm_core.plugin.family import ModelFamily
     from trtllm_core.plugin.kv_policy import Edits, KVPlan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ class Executable(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's ``value`` on every rank of the engine, which all call it alike. An engine of one rank: itself."""
+        return value
 
 
 class Backend(ABC):

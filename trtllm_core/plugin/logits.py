@@ -89,7 +89,11 @@ class HostLogitsProcessor(LogitsProcessor):
         return False
 
     def accept(self, state: Any, tokens: Sequence[int]) -> Any:
-        """Tokens were committed. Returns the new state, which may be the same object."""
+        """Tokens were committed. Returns the new state, which may be the same object.
+
+        In a verify step it is called on a copy, for the drafts before a position. ``BranchError`` for a token that the
+        plugin forbids then only says that what follows that draft can never be chosen.
+        """
         return state
 
     def copy(self, state: Any) -> Any:

@@ -36,14 +36,14 @@ class StoppingCapabilities:
     speculation: Literal["none", "per_position", "rewind"] = "per_position"
     graph_safe: bool = False
     needs: frozenset[str] = frozenset()
-    """``text`` (the engine must have a tokenizer) or ``logits``."""
+    """``text`` (the engine must have a tokenizer) or ``logits`` (device criteria only: see ``CommitBatch.logits``)."""
 
 
 class StoppingCriterion(SlotPlugin):
     """What both kinds share."""
 
     scope: ClassVar[Literal["row", "request"]] = "row"
-    """What it ends. ``request`` (all branches at once) is refused: a request has one branch in this version."""
+    """What it ends: the branch that it was asked about, or all branches of its request."""
     capabilities: ClassVar[StoppingCapabilities] = StoppingCapabilities()
 
 

@@ -6,7 +6,8 @@ kept by slot, never by row: a row is only a position in this step's batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,13 @@ class DecodingContext:
     """``Callable[[Sequence[int]], bytes]`` that detokenises, where the engine has a tokenizer; else None.
 
     Token by token: ``text(a + b) == text(a) + text(b)``. Special tokens have no text."""
+    vocabulary: Sequence[bytes] | None = None
+    """The bytes of each token, by id, where the engine has a tokenizer: what a grammar is held against.
+
+    Special tokens have none. It may be shorter than ``vocab_size``, where a model has ids without a token."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds since some moment: rank 0's, on all ranks. Where an engine has several it is a collective, so all ranks
+    must call it alike; a criterion reads it once a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +98,9 @@ class CommitBatch:
     """int64 ``[n]``: how many of the k tokens are accepted, 0..k."""
     active: torch.Tensor
     """bool ``[n]``."""
+    logits: torch.Tensor | None = None
+    """float32 ``[m, vocab_size_padded]``: the step's processed logits, as the decoder was given them, for a plugin
+    whose ``needs`` hold ``logits``; None for all others. Read-only."""
+    source: torch.Tensor | None = None
+    """int64 ``[n, k]``: for each of ``tokens``, the row of ``logits`` that it was chosen from. Given with ``logits``;
+    entries from ``counts`` on are rows too, of no meaning."""

@@ -84,7 +84,8 @@ class TorchBackend(Backend):
         if unknown:
             raise ConfigError(f"the torch backend has no option {listing(unknown)}")
         device = _check_device(torch.device(device), config, batch_invariant)
-        module = _meta_module(config, family, _check_rank(source, config, parallel))
+        parallel = _check_rank(source, config, parallel)
+        module = _meta_module(config, family, parallel)
         weights = Weights(source, device)
         expected = {name: (tuple(one.shape), one.dtype) for name, one in module.named_parameters()}
         found = {name: (tuple(one.shape), one.dtype) for name, one in weights.tensors.items()}
@@ -98,7 +99,7 @@ class TorchBackend(Backend):
             elif isinstance(layer, Alibi):
                 layer.prepare(device)
         choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant, weights.evict)
-        return TorchExecutable(config, module, device, batch_invariant)
+        return TorchExecutable(config, module, device, batch_invariant, parallel)
 
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
         """See ``Backend``."""

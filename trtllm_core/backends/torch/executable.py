@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
+from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Capabilities, Executable, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
+
+T = TypeVar("T")
 
 
 def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
@@ -48,7 +51,12 @@ class TorchExecutable(Executable):
     """
 
     def __init__(
-        self, config: EngineConfig, module: nn.Module, device: torch.device, batch_invariant: bool = False
+        self,
+        config: EngineConfig,
+        module: nn.Module,
+        device: torch.device,
+        batch_invariant: bool = False,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self.config = config
         self.module: Any = module
@@ -62,6 +70,7 @@ class TorchExecutable(Executable):
         )
         self._context = InvariantContext if batch_invariant else PagedContext
         self._pool: KVPool | None = None
+        self._parallel = parallel or TensorParallel()
 
     def allocate_kv(self, plan: KVPlan) -> int:
         """See ``Executable``."""
@@ -92,6 +101,10 @@ class TorchExecutable(Executable):
     def weight_bytes(self) -> int:
         """See ``Executable``."""
         return sum(parameter.nbytes for parameter in self.module.parameters())
+
+    def broadcast(self, value: T) -> T:
+        """See ``Executable``."""
+        return self._parallel.broadcast_object(value)  # type: ignore[no-any-return]
 
     def _require_pool(self) -> KVPool:
         if self._pool is None:

@@ -114,7 +114,8 @@ class StoppingCriterionSpecs:
         Result: registrar. What is added to it is registered; return values are ignored.
 
         Tensors: ``DeviceStoppingCriterion.check`` gets a ``CommitBatch``: ``slot`` and ``counts`` (int64 ``[n]``),
-        ``tokens`` (int64 ``[n, k]``) and ``active`` (bool ``[n]``) on the session's device, all read-only, and answers
+        ``tokens`` (int64 ``[n, k]``) and ``active`` (bool ``[n]``) on the session's device, and, where it needs them,
+        ``logits`` (float32 ``[m, vocab_size_padded]``) and ``source`` (int64 ``[n, k]``), all read-only. It answers
         with int64 ``[n]`` on that device. ``HostStoppingCriterion.check`` gets plain sequences of token ids.
 
         Returns: None.
