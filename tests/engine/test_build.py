@@ -199,7 +199,7 @@ def test_transforms_see_the_whole_tensor(checkpoint: Path, plugins: Plugins) -> 
 
 def test_parts_of_a_fused_tensor(checkpoint: Path, plugins: Plugins) -> None:
     """One parameter may take a tensor in parts, each split by a rule of its own; it is read once."""
-    config, family, _ = plan_engine(open_checkpoint(checkpoint), BuildConfig(), plugins)
+    config, _, _ = plan_engine(open_checkpoint(checkpoint), BuildConfig(), plugins)
     name, fused = "model.layers.0.self_attn.qkv", torch.arange(32 + 16 + 16.0)[:, None].expand(-1, 32)
     reads = []
 

@@ -21,9 +21,9 @@ class ModelFamilySpecs:
         Tensors: none in the hook. ``Piece.transform`` gets one tensor of the checkpoint, with its shape and dtype, on
         the CPU, before it is split for the rank; it returns another tensor or a view and must not change what it got,
         which may be memory-mapped. It looks at the output axis alone and takes any size of the input axis, and none (a
-        bias): low-rank adapters go through it too. Several pieces of one ``Weight`` may name one tensor, each taking a part
-        of what is fused in it. The module that ``ModelFamily.module`` returns gets ``input_ids`` and a context,
-        both read-only; rotary embeddings, ALiBi and windows are handed to its attention layers, never applied by itself.
+        bias): low-rank adapters go through it too. Several pieces of one ``Weight`` may name one tensor, each taking
+        a part of what is fused in it. The module that ``ModelFamily.module`` returns gets ``input_ids`` and a context,
+        both read-only; rotary embeddings, ALiBi and windows it hands to its attention layers, and applies none itself.
 
         Returns: None.
 
