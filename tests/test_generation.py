@@ -90,6 +90,29 @@ def test_streaming_yields_deltas_and_full_yields_the_history(plugins):
     assert torch.equal(histories[-1], r.generate(PROMPTS[:2], max_new_tokens=5, end_id=()))
 
 
+def test_a_full_stream_has_lengths_and_log_probs_as_they_grow(plugins):
+    r = runner(plugins)
+    config = SamplingConfig(
+        max_new_tokens=5,
+        end_id=(),
+        return_dict=True,
+        output_sequence_lengths=True,
+        output_log_probs=True,
+        output_cum_log_probs=True,
+    )
+    configs = [config, config.replace(end_id=greedy(r.session.engine, [11], 3)[-1])]
+    histories = list(r.generate(PROMPTS[:2], configs, streaming=True, full=True))
+    start = [len(prompt) for prompt in PROMPTS[:2]]
+    grown = [[start[0] + n, start[1] + min(n, 2)] for n in range(1, 6)]  # the end token does not count
+    assert [history["sequence_lengths"][:, 0].tolist() for history in histories] == grown
+    last = r.generate(PROMPTS[:2], configs)
+    assert histories[-1].keys() == last.keys() - {"outputs", "finish_reasons"}
+    for name, tensor in histories[-1].items():
+        assert torch.equal(tensor, last[name]), name
+    assert (histories[0]["log_probs"] != 0).sum() == 2
+    assert (last["log_probs"] != 0).sum() == 5 + 3
+
+
 def test_a_stream_that_is_left_gives_everything_back(plugins):
     r = runner(plugins)
     stream = r.generate(PROMPTS, max_new_tokens=50, end_id=(), streaming=True)

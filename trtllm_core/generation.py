@@ -19,7 +19,14 @@ from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.making import make_cache
 from trtllm_core.loop import StepLoop
-from trtllm_core.outputs import BatchIds, GenerationOutput, batch_result, check_ids_suffice, output_of
+from trtllm_core.outputs import (
+    BatchIds,
+    GenerationOutput,
+    batch_result,
+    check_ids_suffice,
+    output_of,
+    partial_result,
+)
 from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
 from trtllm_core.plugin.observer import SessionStats
 from trtllm_core.properties import EngineProperties
@@ -144,13 +151,15 @@ class GenerationSession(EngineProperties):
             input_ids: integers, padded ``[batch, max_context_length]`` on the right, or packed ``[tokens]``.
             context_lengths: integers ``[batch]``.
             streaming: return an iterator; see ``decode_stream``.
-            full: with ``streaming``, the whole history after each step, as the classic runtime gave it.
+            full: with ``streaming``, the whole result after each step, as the classic runtime gave it: the tensor, or
+                with ``return_dict`` a dictionary with ``output_ids`` and the lengths and log-probabilities that were
+                asked for, of what there is so far. An error is raised once all sequences have ended.
 
         Returns:
             int32 ``[batch, 1, max_seq_len]`` of prompt and generated tokens, or with ``return_dict`` a dictionary
             with ``output_ids``, ``sequence_lengths``, ``cum_log_probs``, ``log_probs``, ``finish_reasons`` and
             ``outputs`` (a ``GenerationOutput`` each), the middle ones where they were asked for. With ``streaming``
-            an iterator over ``Delta``, whether or not ``return_dict`` is set.
+            an iterator over ``Delta``, whether or not ``return_dict`` is set, unless ``full`` says otherwise.
 
         Raises:
             ConfigError: ``setup`` was not called, or for less than this; or something was asked for that the result
@@ -250,17 +259,19 @@ class GenerationSession(EngineProperties):
         return requests
 
     def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """The whole ``output_ids`` after each step that added something."""
-        check_ids_suffice(requests)
+        """The whole result, as it stands, after each step that added something."""
+        if not any(request.sampling.return_dict for request in requests):
+            check_ids_suffice(requests)
         batch = BatchIds(requests, self.loop.branches.end_ids)
         errors = []
-        with closing(self._batch.run(requests, {})) as steps:
+        branches: dict[str, Branch] = {}
+        with closing(self._batch.run(requests, branches)) as steps:
             for deltas in steps:
                 for delta in deltas:
                     batch.add(int(delta.request_id), delta.tokens)
                     errors += [delta.error] if delta.error is not None else []
                 if deltas:
-                    yield batch.ids.clone()
+                    yield partial_result(requests, branches, batch.ids.clone())
         if errors:
             raise errors[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,14 +98,37 @@ def batch_result(
         "finish_reasons": [output.finish_reason for output in outputs],
         "outputs": list(outputs),
     }
+    lengths = [output.length for output in outputs]
+    return result | _asked_for(requests, batch.ids, lengths, [output.log_probs for output in outputs])
+
+
+def partial_result(
+    requests: Sequence[Request], branches: Mapping[str, Branch], ids: torch.Tensor
+) -> torch.Tensor | dict[str, Any]:
+    """The classic result of a batch that still runs: of each branch what there is so far.
+
+    ``branches`` are those that have started, by request; ``ids`` is ``output_ids`` as it stands.
+    """
+    if not any(r.sampling.return_dict for r in requests):
+        return ids
+    started = [branches.get(request.request_id) for request in requests]
+    lengths = [len(r.prompt) if b is None else b.length for r, b in zip(requests, started, strict=True)]
+    chances = [() if branch is None else branch.log_probs for branch in started]
+    return {"output_ids": ids} | _asked_for(requests, ids, lengths, chances)
+
+
+def _asked_for(
+    requests: Sequence[Request], ids: torch.Tensor, lengths: Sequence[int], chances: Sequence[Sequence[float]]
+) -> dict[str, torch.Tensor]:
+    """The entries that some request asked for: lengths of the sequences, log-probabilities of their new tokens."""
+    result = {}
     if any(r.sampling.output_sequence_lengths for r in requests):
-        result["sequence_lengths"] = torch.tensor([[output.length] for output in outputs], dtype=torch.int32)
+        result["sequence_lengths"] = torch.tensor([[length] for length in lengths], dtype=torch.int32)
     if any(r.sampling.output_cum_log_probs for r in requests):
-        result["cum_log_probs"] = torch.tensor([[sum(output.log_probs)] for output in outputs])
+        result["cum_log_probs"] = torch.tensor([[float(sum(each))] for each in chances])
     if any(r.sampling.output_log_probs for r in requests):
-        chances = torch.zeros(batch.ids.shape)
-        for row, output in zip(chances[:, 0], outputs, strict=True):
-            start = len(output.prompt)
-            row[start : start + len(output.log_probs)] = torch.tensor(output.log_probs)
-        result["log_probs"] = chances
+        result["log_probs"] = torch.zeros(ids.shape)
+        for row, request, each in zip(result["log_probs"][:, 0], requests, chances, strict=True):
+            start = len(request.prompt)
+            row[start : start + len(each)] = torch.tensor(each)
     return result

@@ -117,7 +117,7 @@ class ModelRunner(EngineProperties):
         Args:
             batch_input_ids: one-dimensional integer tensors, or lists of token ids.
             sampling_config: one for all, or one for each; None is the default one.
-            streaming: return an iterator over ``Delta``; with ``full``, over the whole ids after each step.
+            streaming: return an iterator over ``Delta``; with ``full``, over the whole result after each step.
             stopping_criteria, logits_processor: objects to use beside those that the config names.
             text: deltas and outputs carry text.
             fields: SamplingConfig fields that replace those of ``sampling_config``.
