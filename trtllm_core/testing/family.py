@@ -19,7 +19,7 @@ from trtllm_core.plugin import Plugins
 from trtllm_core.runner import ModelRunner
 from trtllm_core.session import Session
 from trtllm_core.testing.packed import PackedRows, prefill_and_decode
-from trtllm_core.testing.reference import LIMITS, STEPS, ReferenceModel
+from trtllm_core.testing.reference import LIMITS, STEPS, ReferenceModel, oracle
 from trtllm_core.testing.weight_map import check_module_is_filled, check_weights_are_used_once
 
 Logits = list[torch.Tensor]
@@ -33,7 +33,8 @@ class ModelFamilyConformance:
 
     Sizes should be small, the vocabulary odd (so that two ranks have to pad it), and the positions at least 96.
     Weights are random. ``float32`` is the largest difference to transformers that is allowed, as a share of the
-    largest absolute logit; ``half`` that of bfloat16 and float16 to float32 arithmetic on the same rounded weights.
+    largest absolute logit; ``half`` that of bfloat16 and float16 to float32 arithmetic on the same rounded weights,
+    where transformers itself comes nearer than two thirds of it.
     """
 
     config: ClassVar[Any]
@@ -167,8 +168,10 @@ class ModelFamilyConformance:
         """Half precision, against float32 arithmetic on the same rounded weights."""
         for dtype in self.dtypes:
             ours = prefill_and_decode(calm.session(dtype), calm.prompts, STEPS)
-            off = calm.off(ours, calm.rounded(dtype))
-            assert 0 < off < self.half, f"{dtype}: {off:.2e} of the largest logit"
+            exact = calm.rounded(dtype)
+            off, theirs = calm.off(ours, exact), calm.off(oracle(calm.half(dtype), calm.prompts), exact)
+            allowed = max(self.half, 1.5 * theirs)
+            assert 0 < off < allowed, f"{dtype}: off by {off:.2e} of the largest logit, transformers by {theirs:.2e}"
 
     def check(self, reference: ReferenceModel, ours: Logits, theirs: Logits | None = None) -> None:
         """Raise ``AssertionError`` where logits are too far from transformers'."""

@@ -68,14 +68,17 @@ class ReferenceModel:
         """How far ``ours`` are from transformers' logits, as a share of the largest absolute one."""
         return distance(ours, self.expected if theirs is None else theirs)
 
-    def rounded(self, dtype: str) -> list[torch.Tensor]:
-        """Logits of every prompt in float32 arithmetic on weights that were rounded to ``dtype``."""
+    def half(self, dtype: str) -> Any:
+        """transformers' model with its weights rounded to ``dtype``, in which it computes."""
         import transformers
 
-        half = transformers.AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             self.path, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
-        return oracle(half.float(), self.prompts)
+
+    def rounded(self, dtype: str) -> list[torch.Tensor]:
+        """Logits of every prompt in float32 arithmetic on weights that were rounded to ``dtype``."""
+        return oracle(self.half(dtype).float(), self.prompts)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
