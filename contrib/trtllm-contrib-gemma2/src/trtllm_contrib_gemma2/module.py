@@ -94,7 +94,7 @@ class Gemma2Module(Layer):
 
     def forward(self, input_ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``input_ids [...] -> [..., hidden_size]``, normalised, ready for ``logits``."""
-        x = self.embedding(input_ids) * self.scale
+        x: torch.Tensor = self.embedding(input_ids) * self.scale
         for layer in self.layers:
             x = layer(x, context)
         x = self.norm(x)
