@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from trtllm_core.nn import (
+    MLP,
     ColumnLinear,
     GatedMLP,
     LayerNorm,
     Linear,
     LMHead,
+    PositionEmbedding,
     QKVLinear,
     RMSNorm,
     RowLinear,
@@ -58,7 +61,27 @@ def test_kernels_can_be_put_in_place(bias: bool) -> None:
     torch.testing.assert_close(layer(x), x @ layer.weight.T + 1)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_the_name(name: str) -> None:
+    x = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
+
+
+def test_mlp() -> None:
+    mlp, x = filled(MLP(8, 12, "relu", ONE, bias=True)), torch.randn(3, 8)
+    up = (x @ mlp.up.weight.T + mlp.up.bias).relu()
+    torch.testing.assert_close(mlp(x), up @ mlp.down.weight.T + mlp.down.bias)
+    half = MLP(8, 12, "relu", TensorParallel(1, 2), bias=True)
+    assert [tuple(parameter.shape) for parameter in half.parameters()] == [(6, 8), (6,), (8, 6), (8,)]
+
+
+def test_learned_positions() -> None:
+    layer = filled(PositionEmbedding(10, 4))
+    positions = torch.tensor([[0, 9], [3, 3]])
+    assert torch.equal(layer(positions), layer.weight[positions])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "gelu_new"])
 def test_gated_mlp(activation: str) -> None:
     mlp, x = filled(GatedMLP(8, 12, activation, ONE, bias=True)), torch.randn(3, 8)
     gate, up = (x @ mlp.gate_up.weight.T + mlp.gate_up.bias).split(12, -1)

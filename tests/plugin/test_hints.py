@@ -12,6 +12,9 @@ def test_hint_by_convention_and_by_recorded_distribution(site) -> None:
     assert plugins.missing_hint("model_family", "llama") == "To install it: pip install trtllm-plugin-llama"
     assert plugins.missing_hint("model_family", "LlamaForCausalLM").endswith("pip install trtllm-plugin-llama")
     assert plugins.missing_hint("model_family", "gguf:llama").endswith("pip install trtllm-plugin-llama")
+    for name in ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM", "gguf:gptneox", "gguf:gpt2"):
+        assert plugins.missing_hint("model_family", name).endswith("pip install trtllm-plugin-gpt")
+    assert plugins.missing_hint("model_family", "MistralForCausalLM").endswith("pip install trtllm-plugin-llama")
     assert plugins.missing_hint("decoder", "min_p_2").endswith("pip install trtllm-plugin-min-p-2")
     assert plugins.missing_hint("model_family", "llama", "fast-llama").endswith("pip install fast-llama")
     assert "Plugins.load(extra=…)" in plugins.missing_hint("decoder", "x", "local")

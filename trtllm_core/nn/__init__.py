@@ -8,14 +8,15 @@ embeddings and ALiBi are handed to the attention layers, which leave them to the
 
 from trtllm_core.nn.alibi import Alibi, alibi_slopes
 from trtllm_core.nn.attention import Attention, AttentionContext
-from trtllm_core.nn.embedding import LMHead, VocabParallelEmbedding
+from trtllm_core.nn.embedding import LMHead, PositionEmbedding, VocabParallelEmbedding
 from trtllm_core.nn.layer import Layer
 from trtllm_core.nn.linear import ColumnLinear, Linear, QKVLinear, RowLinear
-from trtllm_core.nn.mlp import GatedMLP
+from trtllm_core.nn.mlp import MLP, GatedMLP
 from trtllm_core.nn.norm import LayerNorm, RMSNorm
 from trtllm_core.nn.rotary import RotaryEmbedding, rotate_
 
 __all__ = [
+    "MLP",
     "Alibi",
     "Attention",
     "AttentionContext",
@@ -25,6 +26,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Linear",
+    "PositionEmbedding",
     "QKVLinear",
     "RMSNorm",
     "RotaryEmbedding",

@@ -1,10 +1,12 @@
-"""Token embedding and language-model head, split over the vocabulary."""
+"""Token embedding and language-model head, split over the vocabulary; learned positions."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional
 
+from trtllm_core.nn.layer import Layer
 from trtllm_core.nn.linear import Linear
 from trtllm_core.parallel import TensorParallel, padded_vocab
 
@@ -36,3 +38,15 @@ class VocabParallelEmbedding(LMHead):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., hidden_size] -> [..., vocab_size_padded]`` with the table as the head."""
         return super().forward(x)
+
+
+class PositionEmbedding(Layer):
+    """A learned row for each position, whole on every rank. Its length is the longest sequence that the model knows."""
+
+    def __init__(self, positions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(positions, hidden_size), requires_grad=False)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """``positions [...]``, as ``AttentionContext.positions``, ``-> [..., hidden_size]``."""
+        return functional.embedding(positions, self.weight)

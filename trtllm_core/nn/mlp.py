@@ -11,14 +11,55 @@ from trtllm_core.nn.layer import Layer
 from trtllm_core.nn.linear import ColumnLinear, RowLinear
 from trtllm_core.parallel import TensorParallel
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The approximation of GELU that GPT-2 made common."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(1.702 x)``."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """``max(x, 0)²``."""
+    return functional.relu(x).square()
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": functional.gelu,
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu_python": functional.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": functional.relu,
+    "relu2": relu_squared,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "tanh": torch.tanh,
 }
 """By the names that checkpoints use."""
+
+
+class MLP(Layer):
+    """``down(act(up(x)))``."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str, parallel: TensorParallel, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.up = ColumnLinear(hidden_size, intermediate_size, parallel, bias)
+        self.down = RowLinear(intermediate_size, hidden_size, parallel, bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape."""
+        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
 
 
 class GatedMLP(Layer):

@@ -1,7 +1,8 @@
 """Rotary position embedding and the ways of stretching it.
 
 Sources of the formulas: RoFormer (arXiv 2104.09864), position interpolation (2306.15595), NTK-aware "dynamic" scaling
-as published with it, YaRN (2309.00071), and the frequency rule of LLaMA 3.1's reference implementation.
+as published with it, YaRN (2309.00071), LongRoPE (2402.13753) as Phi-3 uses it, and the frequency rule of LLaMA 3.1's
+reference implementation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trtllm_core.nn.layer import Layer
 class RotaryScaling(Config):
     """``rope_scaling`` of a checkpoint, in the fields that Hugging Face configs use."""
 
-    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "factors"] = "none"
+    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope", "factors"] = "none"
     factor: float = Field(default=1.0, gt=0)
     original_max_position_embeddings: int | None = Field(default=None, gt=0)
     low_freq_factor: float = 1.0
@@ -31,7 +32,10 @@ class RotaryScaling(Config):
     mscale_all_dim: float | None = None
     truncate: bool = True
     factors: tuple[float, ...] = Field(
-        default=(), description="kind 'factors': divides each of the dim / 2 frequencies"
+        default=(), description="kinds 'factors' and 'longrope': divides each of the dim / 2 frequencies"
+    )
+    long_factors: tuple[float, ...] = Field(
+        default=(), description="kind 'longrope': the factors of an engine for more than the original positions"
     )
 
 
@@ -58,7 +62,8 @@ def inverse_frequencies(
 
     float32 ``[dim / 2]``, or ``[positions, dim / 2]`` for ``dynamic`` scaling, whose base grows with the length of
     the sequence: each token has the base of a sequence that ends with it, as in step-by-step generation, so that a
-    token's rotation never depends on how its sequence was cut into calls.
+    token's rotation never depends on how its sequence was cut into calls. ``longrope`` has factors for short and for
+    long sequences; for the same reason ``positions``, the longest sequence that an engine serves, decides between them.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     original = scaling.original_max_position_embeddings or max_position_embeddings
@@ -71,6 +76,9 @@ def inverse_frequencies(
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "factors":
         return frequencies / torch.tensor(scaling.factors), 1.0
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if positions > original else scaling.factors
+        return frequencies / torch.tensor(factors), scaling.attention_factor or 1.0
     if scaling.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         low, high = scaling.low_freq_factor, scaling.high_freq_factor

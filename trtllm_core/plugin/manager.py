@@ -285,4 +285,11 @@ class Plugins:
 def _conventional(name: str) -> str:
     """Distribution that by convention provides ``name``: ``LlamaForCausalLM`` is of ``trtllm-plugin-llama``."""
     stem = re.sub(r"(?<=.)(ForCausalLM|LMHeadModel|Model)$", "", name.removeprefix("gguf:"))
-    return f"trtllm-plugin-{canonicalize_name(stem.lower())}"
+    return f"trtllm-plugin-{canonicalize_name(_SHARED.get(stem.lower(), stem.lower()))}"
+
+
+_SHARED = {
+    **dict.fromkeys(("mistral", "phi3", "qwen2", "qwen3"), "llama"),
+    **dict.fromkeys(("gpt2", "gptj", "gptneox", "gpt_neox"), "gpt"),
+}
+"""Architectures whose package has the name of a relative."""

@@ -26,6 +26,12 @@ CONFIGS = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "phi3": transformers.Phi3Config,
+}
+OF_KIND: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 24},
+    "phi3": {"original_max_position_embeddings": 96, "pad_token_id": 0},
 }
 TinyFactory = Callable[..., ReferenceModel]
 
@@ -43,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> TinyFact
     def make(kind: str = "llama", gain: float = 1.5, **changes: Any) -> ReferenceModel:
         key = f"{kind} {gain} {sorted(changes.items())}"
         if key not in made:
-            config = CONFIGS[kind](**{**SMALL, **changes})
+            config = CONFIGS[kind](**{**SMALL, **OF_KIND.get(kind, {}), **changes})
             made[key] = ReferenceModel(config, tmp_path_factory.mktemp(kind), plugins, gain)
         return made[key]
 

@@ -113,9 +113,10 @@ def test_old_configs_lack_fields(tiny: Any, edited: Edit) -> None:
 @pytest.mark.parametrize(
     ("drop", "fields", "message"),
     [
-        (("hidden_size", "vocab_size"), {}, r"config.json lacks 'hidden_size', 'vocab_size'"),
+        (("hidden_size", "vocab_size"), {}, "config.json lacks 'hidden_size', which family 'llama' needs"),
         ((), {"hidden_act": "swish2"}, "hidden_act 'swish2' is not one of gelu, .*silu"),
-        ((), {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
+        ((), {"rope_parameters": {"rope_type": "wide", "factor": 2.0}}, "'wide' is not supported"),
+        ((), {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' .* lacks its short_factor or"),
         ((), {"rope_parameters": {"rope_type": "linear"}}, "'linear' in config.json lacks its factor"),
     ],
 )

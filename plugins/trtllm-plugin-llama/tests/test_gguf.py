@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,6 +29,10 @@ NAMES = {
     "model.layers": "blk",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -70,6 +75,9 @@ def write(model: Any, path: Path, kind: str, permute: bool = True, **extra: Any)
     if c.rope_parameters["rope_type"] == "llama3":
         plain = c.rope_parameters["rope_theta"] ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
         writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+    if c.rope_parameters["rope_type"] == "longrope":
+        for kind in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.float32(c.rope_parameters[f"{kind}_factor"]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,6 +88,12 @@ def write(model: Any, path: Path, kind: str, permute: bool = True, **extra: Any)
 ROPE = {"rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, **ROPE}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.2, 2.5, 3.0],
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+    **ROPE,
+}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gqa": ("llama", {}, {}),
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
@@ -101,6 +115,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {}, {"key_length": 24}),
+    "phi3": ("phi3", {"sliding_window": 10}, {"sliding_window": 10}),
+    "phi3-partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, **ROPE}},
+        {"rope_dimension_count": 8},
+    ),
+    "phi3-long": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
+        {"rope_scaling_orig_ctx_len": 24},
+    ),
 }
 
 
@@ -134,7 +160,7 @@ def test_a_wrong_order_of_rows_shows(
     ("extra", "message"),
     [
         ({"rope_scaling_type": gguf.RopeScalingType.LONGROPE}, "'longrope' of GGUF files is not supported"),
-        ({"rope_scaling_type": gguf.RopeScalingType.LINEAR}, "lacks the metadata llama.rope.scaling.factor"),
+        ({"rope_scaling_type": gguf.RopeScalingType.LINEAR}, "lacks the metadata 'llama.rope.scaling.factor'"),
     ],
 )
 def test_refusals(extra: dict[str, Any], message: str, tiny: Any, tmp_path: Path) -> None:

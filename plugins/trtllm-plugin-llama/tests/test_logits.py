@@ -44,6 +44,12 @@ SCALED = {
         **THETA,
     },
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.2, 2.5, 3.0],
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+    **THETA,
+}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("llama", {}),
@@ -60,6 +66,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biased": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1}),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 10, "num_key_value_heads": 4}),
+    "phi3-partial": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, **THETA, "rope_type": "default"}}),
+    "phi3-short": ("phi3", {"rope_parameters": LONGROPE}),
+    "phi3-long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}),
 }
 
 

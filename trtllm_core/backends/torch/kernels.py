@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from trtllm_core.backends.torch.packing import can_pack, packed_linear
-from trtllm_core.nn import GatedMLP, Linear, RMSNorm
+from trtllm_core.nn import MLP, GatedMLP, Linear, RMSNorm
 from trtllm_core.nn.linear import MatMul
 from trtllm_core.nn.norm import Norm
 
@@ -41,7 +41,7 @@ def choose_kernels(
     for layer in module.modules():
         if isinstance(layer, Linear):
             layer.matmul = packed_linear(layer.weight, evict) if pack else kernel
-        elif batch_invariant and isinstance(layer, GatedMLP):
+        elif batch_invariant and isinstance(layer, (MLP, GatedMLP)):
             layer.activation = invariant_rows(layer.activation)
         elif isinstance(layer, RMSNorm) and device.type == "cpu" and dtype != torch.float32:
             layer.kernel = doubled_rms_norm(layer.weight, layer.eps)

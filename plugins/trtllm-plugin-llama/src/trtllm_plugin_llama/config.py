@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from trtllm_core.config import Config, DType, ModelConfig
-from trtllm_core.errors import CheckpointError, listing
-from trtllm_core.nn.mlp import ACTIVATIONS
+from trtllm_core.checkpoint.fields import Fields
+from trtllm_core.checkpoint.rope import longest_sequence, longrope, read_rope
+from trtllm_core.config import Config, ModelConfig
+from trtllm_core.errors import CheckpointError
 from trtllm_core.nn.rotary import RotaryScaling
 from trtllm_core.plugin import CheckpointView
 
-_NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""By the names that GGUF files use."""
+_QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 class LlamaExtras(Config):
@@ -21,149 +28,128 @@ class LlamaExtras(Config):
     norm_eps: float
     rope_theta: float
     rope_scaling: RotaryScaling = RotaryScaling()
+    rotary_dim: int | None = None
+    """Elements of a head that turn with the position; None: all of them."""
     activation: str = "silu"
     tied_head: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """Each head of q and k is normalised before it turns."""
     windowed_layers: tuple[int, ...] | None = None
     """Layers that have ModelConfig.sliding_window; None: all of them."""
 
 
 def from_hf(checkpoint: CheckpointView) -> ModelConfig:
-    """From a Hugging Face ``config.json``."""
-    c = checkpoint.config
-    lacking = [name for name in _NEEDED if c.get(name) is None]
-    if lacking:
-        raise CheckpointError(f"config.json lacks {listing(lacking)}, which family 'llama' needs")
-    heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
-    positions = c.get("max_position_embeddings", 2048)
-    qwen2 = checkpoint.architecture == "Qwen2ForCausalLM"
-    scaling = _hf_scaling(_rope(c), positions)
-    window = c.get("sliding_window") if _has_window(checkpoint.architecture, c) else None
-    activation = c.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"hidden_act {activation!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
-    dtype: Any = c.get("torch_dtype") or c.get("dtype")
+    """From a Hugging Face ``config.json``.
+
+    Raises:
+        CheckpointError: it lacks a field, or names an activation or a rope scaling that is not known.
+    """
+    fields, kind = Fields(checkpoint, "llama"), checkpoint.architecture
+    heads, hidden, layers = (fields.need(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    positions = fields.get("max_position_embeddings", default=2048)
+    rope = read_rope(checkpoint.config, positions)
+    window = fields.get("sliding_window") if _has_window(fields, kind) else None
+    head_size = fields.get("head_dim", default=hidden // heads)
+    biased = fields.get("attention_bias", default=False) and kind != "Phi3ForCausalLM"
     extras = LlamaExtras(
-        intermediate_size=c["intermediate_size"],
-        norm_eps=c.get("rms_norm_eps", 1e-6),
-        rope_theta=_rope(c).get("rope_theta", c.get("rope_theta", 10000.0)),
-        rope_scaling=scaling,
-        activation=activation,
+        intermediate_size=fields.need("intermediate_size"),
+        norm_eps=fields.get("rms_norm_eps", default=1e-6),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rotary_dim=None if rope.fraction == 1 else int(head_size * rope.fraction),
+        activation=fields.activation("hidden_act", default="silu"),
         # Where a checkpoint has a head of its own after all, that head is the one that was trained.
-        tied_head=c.get("tie_word_embeddings", False) and "lm_head.weight" not in checkpoint.names(),
-        qkv_bias=qwen2 or c.get("attention_bias", False),
-        output_bias=not qwen2 and c.get("attention_bias", False),
-        mlp_bias=c.get("mlp_bias", False),
-        windowed_layers=_windowed(c, layers, qwen2) if window else None,
+        tied_head=fields.get("tie_word_embeddings", default=False) and "lm_head.weight" not in checkpoint.names(),
+        qkv_bias=kind == "Qwen2ForCausalLM" or biased,
+        output_bias=kind != "Qwen2ForCausalLM" and biased,
+        mlp_bias=fields.get("mlp_bias", default=False),
+        qk_norm=kind == "Qwen3ForCausalLM",
+        windowed_layers=_windowed(fields, layers, kind) if window else None,
     )
     return ModelConfig(
         family="llama",
-        architecture=checkpoint.architecture,
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
+        architecture=kind,
+        vocab_size=fields.need("vocab_size"),
+        hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads") or heads,
-        head_size=c.get("head_dim") or c["hidden_size"] // heads,
-        max_position_embeddings=_longest(positions, scaling),
+        num_kv_heads=fields.get("num_key_value_heads", default=heads),
+        head_size=head_size,
+        max_position_embeddings=longest_sequence(positions, rope.scaling),
         sliding_window=window,
-        dtype=dtype if dtype in get_args(DType) else "float32",
+        dtype=fields.dtype,
         extras=extras.model_dump(mode="json"),
     )
 
 
-def _has_window(architecture: str, config: Mapping[str, Any]) -> bool:
+def _has_window(fields: Fields, kind: str) -> bool:
     """LLaMA itself has none, whatever fields a converted config may carry along."""
-    return architecture == "MistralForCausalLM" or (
-        architecture == "Qwen2ForCausalLM" and bool(config.get("use_sliding_window", False))
+    return kind in ("MistralForCausalLM", "Phi3ForCausalLM") or (
+        kind in _QWEN and bool(fields.get("use_sliding_window", default=False))
     )
 
 
-def _longest(positions: int, scaling: RotaryScaling) -> int:
-    """The longest sequence that the model serves: these ways of scaling stretch what it was first trained for."""
-    if scaling.kind not in ("linear", "dynamic", "yarn"):
-        return positions
-    return max(positions, int((scaling.original_max_position_embeddings or positions) * scaling.factor))
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _windowed(config: Mapping[str, Any], layers: int, qwen2: bool) -> tuple[int, ...] | None:
-    types = config.get("layer_types")
+def _windowed(fields: Fields, layers: int, kind: str) -> tuple[int, ...] | None:
+    types = fields.get("layer_types")
     if types:
         return tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    return tuple(range(config.get("max_window_layers", layers), layers)) if qwen2 else None
-
-
-def _hf_scaling(rope: Mapping[str, Any], positions: int) -> RotaryScaling:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return RotaryScaling()
-    if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise CheckpointError(f"rope scaling {kind!r} is not supported (linear, dynamic, llama3 and yarn are)")
-    known = {k: v for k, v in rope.items() if k in RotaryScaling.model_fields and v is not None}
-    original = known.setdefault("original_max_position_embeddings", positions)
-    if kind == "dynamic":
-        known["original_max_position_embeddings"] = positions
-    if kind == "yarn":
-        known.setdefault("factor", positions / original)
-    if "factor" not in known:
-        raise CheckpointError(f"rope scaling {kind!r} in config.json lacks its factor")
-    return RotaryScaling(kind=kind, **known)
+    return tuple(range(fields.get("max_window_layers", default=layers), layers)) if kind in _QWEN else None
 
 
 def from_gguf(checkpoint: CheckpointView) -> ModelConfig:
-    """From GGUF metadata."""
-    kind = checkpoint.architecture
+    """From GGUF metadata.
 
-    def get(key: str, default: Any = None) -> Any:
-        value = checkpoint.config.get(f"{kind}.{key}", default)
-        if value is None:
-            raise CheckpointError(f"the GGUF file lacks the metadata {kind}.{key}")
-        return value
-
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    names, scaling = checkpoint.names(), _gguf_scaling(checkpoint)
+    Raises:
+        CheckpointError: it lacks an entry, or names a rope scaling that is not known.
+    """
+    fields, names = Fields(checkpoint, "llama"), checkpoint.names()
+    heads, hidden = fields.need("attention.head_count"), fields.need("embedding_length")
+    head_size = fields.get("attention.key_length", default=hidden // heads)
+    rotary_dim = fields.get("rope.dimension_count", default=head_size)
+    positions, scaling = fields.need("context_length"), _gguf_scaling(checkpoint, fields)
     extras = LlamaExtras(
-        intermediate_size=get("feed_forward_length"),
-        norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_theta=get("rope.freq_base", 10000.0),
+        intermediate_size=fields.need("feed_forward_length"),
+        norm_eps=fields.need("attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.get("rope.freq_base", default=10000.0),
         rope_scaling=scaling,
+        rotary_dim=None if rotary_dim == head_size else rotary_dim,
         tied_head="output.weight" not in names,
         qkv_bias="blk.0.attn_q.bias" in names,
         output_bias="blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_down.bias" in names,
+        qk_norm="blk.0.attn_q_norm.weight" in names,
     )
     return ModelConfig(
         family="llama",
-        architecture={"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind],
+        architecture=_ARCHITECTURES[checkpoint.architecture],
         vocab_size=checkpoint.shape("token_embd.weight")[0],
         hidden_size=hidden,
-        num_layers=get("block_count"),
+        num_layers=fields.need("block_count"),
         num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_size=get("attention.key_length", hidden // heads),
-        max_position_embeddings=_longest(get("context_length"), scaling),
-        sliding_window=checkpoint.config.get(f"{kind}.attention.sliding_window") or None,
+        num_kv_heads=fields.get("attention.head_count_kv", default=heads),
+        head_size=head_size,
+        max_position_embeddings=longest_sequence(positions, scaling),
+        sliding_window=fields.get("attention.sliding_window") or None,
         extras=extras.model_dump(mode="json"),
     )
 
 
-def _gguf_scaling(checkpoint: CheckpointView) -> RotaryScaling:
+def _gguf_scaling(checkpoint: CheckpointView, fields: Fields) -> RotaryScaling:
+    original: Any = fields.get("rope.scaling.original_context_length")
     if "rope_freqs.weight" in checkpoint.names():
         return RotaryScaling(kind="factors", factors=tuple(checkpoint.tensor("rope_freqs.weight").tolist()))
-    prefix = f"{checkpoint.architecture}.rope.scaling"
-    kind = checkpoint.config.get(f"{prefix}.type", "none")
+    if "rope_factors_long.weight" in checkpoint.names():
+        short, long = (checkpoint.tensor(f"rope_factors_{kind}.weight").tolist() for kind in ("short", "long"))
+        positions = fields.need("context_length")
+        attention_factor = fields.get("rope.scaling.attn_factor")
+        return longrope(short, long, original or positions, positions, attention_factor=attention_factor)
+    kind = fields.get("rope.scaling.type", default="none")
     if kind == "none":
         return RotaryScaling()
     if kind not in ("linear", "yarn"):
         raise CheckpointError(f"rope scaling {kind!r} of GGUF files is not supported (linear and yarn are)")
-    factor = checkpoint.config.get(f"{prefix}.factor")
-    if factor is None:
-        raise CheckpointError(f"the GGUF file lacks the metadata {prefix}.factor")
-    original = checkpoint.config.get(f"{prefix}.original_context_length")
+    factor = fields.need("rope.scaling.factor")
     return RotaryScaling(kind=kind, factor=factor, original_max_position_embeddings=original)

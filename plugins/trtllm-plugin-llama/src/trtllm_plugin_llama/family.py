@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from trtllm_core.config import ModelConfig
+from trtllm_core.nn import weights as maps
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import CheckpointView, ModelFamily, Piece, Weight
 from trtllm_plugin_llama.config import LlamaExtras, from_gguf, from_hf
@@ -19,10 +18,14 @@ _HF = {
     "layer": "model.layers.{}.",
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
+    "qkv": "self_attn.qkv_proj",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
     "output": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "gate_up": "mlp.gate_up_proj",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
@@ -34,22 +37,35 @@ _GGUF = {
     "layer": "blk.{}.",
     "attention_norm": "attn_norm",
     "mlp_norm": "ffn_norm",
+    "qkv": "attn_qkv",
     "q": "attn_q",
     "k": "attn_k",
     "v": "attn_v",
     "output": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "gate_up": "ffn_up",
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
 }
 
 
+_UNUSED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
 class LlamaFamily(ModelFamily):
-    """LLaMA 1-3, Mistral, Qwen2, SmolLM2."""
+    """LLaMA 1-3, Mistral, Qwen2, Qwen3, Phi-3, SmolLM2."""
 
     name = "llama"
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-    gguf_architectures = ("llama", "qwen2")
+    architectures = (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    )
+    gguf_architectures = ("llama", "phi3", "qwen2", "qwen3")
 
     def config(self, checkpoint: CheckpointView) -> ModelConfig:
         """See ``ModelFamily``."""
@@ -60,8 +76,8 @@ class LlamaFamily(ModelFamily):
         return LlamaModule(config, parallel)
 
     def unused(self, name: str) -> bool:
-        """Rotary tables: the module computes its own."""
-        return name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight"
+        """Rotary tables: the module computes its own, and a GGUF file's factors are in the config."""
+        return name.endswith("rotary_emb.inv_freq") or name in _UNUSED
 
     def weights(self, config: ModelConfig, checkpoint: CheckpointView) -> Sequence[Weight]:
         """See ``ModelFamily``."""
@@ -69,54 +85,49 @@ class LlamaFamily(ModelFamily):
         names = _HF if checkpoint.format == "hf" else _GGUF
         # llama.cpp rotates neighbouring pairs, so its converter reorders the rows of q and k of this architecture.
         pairs = checkpoint.architecture == "llama"
-        out = [
-            Weight("embedding.weight", (Piece(f"{names['embedding']}.weight", "vocab"),)),
-            Weight("norm.weight", (Piece(f"{names['norm']}.weight"),)),
-        ]
+        out = maps.linear("embedding", names["embedding"], "vocab") + maps.linear("norm", names["norm"])
         if not extras.tied_head:
-            out.append(Weight("head.weight", (Piece(f"{names['head']}.weight", "vocab"),)))
+            out += maps.linear("head", names["head"], "vocab")
         for i in range(config.num_layers):
-            out += _layer(i, names, extras, config.head_size if pairs else None)
+            parts = {part: names["layer"].format(i) + name for part, name in names.items()}
+            out += _layer(f"layers.{i}.", parts, config, extras, pairs)
         return out
 
 
-def _layer(index: int, names: dict[str, str], extras: LlamaExtras, pairs: int | None) -> list[Weight]:
-    source, target = names["layer"].format(index), f"layers.{index}."
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        assert pairs is not None
-        return weight.view(-1, pairs // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-    def qkv(what: str) -> Weight:
-        order = halves if pairs else None
-        return Weight(
-            f"{target}attention.qkv.{what}",
-            (
-                Piece(f"{source}{names['q']}.{what}", "heads", order),
-                Piece(f"{source}{names['k']}.{what}", "kv_heads", order),
-                Piece(f"{source}{names['v']}.{what}", "kv_heads"),
-            ),
-        )
-
-    def gate_up(what: str) -> Weight:
-        pieces = tuple(Piece(f"{source}{names[part]}.{what}", "rows") for part in ("gate", "up"))
-        return Weight(f"{target}mlp.gate_up.{what}", pieces)
-
-    def one(name: str, part: str, shard: str = "whole") -> Weight:
-        return Weight(target + name, (Piece(f"{source}{names[part]}.{name.rsplit('.', 1)[1]}", shard),))  # type: ignore[arg-type]
-
+def _layer(target: str, parts: dict[str, str], config: ModelConfig, extras: LlamaExtras, pairs: bool) -> list[Weight]:
+    """``parts`` are the layer's own names in the checkpoint, as in ``_HF``."""
+    fused = config.architecture == "Phi3ForCausalLM"
+    qkv = _fused_qkv(parts, config) if fused else _qkv(parts, config, pairs)
     out = [
-        one("attention_norm.weight", "attention_norm"),
-        qkv("weight"),
-        one("attention.output.weight", "output", "columns"),
-        one("mlp_norm.weight", "mlp_norm"),
-        gate_up("weight"),
-        one("mlp.down.weight", "down", "columns"),
+        *maps.linear(f"{target}attention_norm", parts["attention_norm"]),
+        *maps.fused(f"{target}attention.qkv", qkv, bias=extras.qkv_bias),
+        *maps.linear(f"{target}attention.output", parts["output"], "columns", bias=extras.output_bias),
+        *maps.linear(f"{target}mlp_norm", parts["mlp_norm"]),
+        *maps.fused(f"{target}mlp.gate_up", _gate_up(parts, extras, fused), bias=extras.mlp_bias),
+        *maps.linear(f"{target}mlp.down", parts["down"], "columns", bias=extras.mlp_bias),
     ]
-    if extras.qkv_bias:
-        out.append(qkv("bias"))
-    if extras.output_bias:
-        out.append(one("attention.output.bias", "output"))
-    if extras.mlp_bias:
-        out += [gate_up("bias"), one("mlp.down.bias", "down")]
+    if extras.qk_norm:
+        out += maps.linear(f"{target}attention.q_norm", parts["q_norm"])
+        out += maps.linear(f"{target}attention.k_norm", parts["k_norm"])
     return out
+
+
+def _qkv(parts: dict[str, str], config: ModelConfig, pairs: bool) -> list[Piece]:
+    order = maps.halves(config.head_size) if pairs else None
+    return [Piece(parts["q"], "heads", order), Piece(parts["k"], "kv_heads", order), Piece(parts["v"], "kv_heads")]
+
+
+def _fused_qkv(parts: dict[str, str], config: ModelConfig) -> list[Piece]:
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return [
+        Piece(parts["qkv"], "heads", maps.rows(0, q)),
+        Piece(parts["qkv"], "kv_heads", maps.rows(q, kv)),
+        Piece(parts["qkv"], "kv_heads", maps.rows(q + kv, kv)),
+    ]
+
+
+def _gate_up(parts: dict[str, str], extras: LlamaExtras, fused: bool) -> list[Piece]:
+    if not fused:
+        return [Piece(parts["gate"], "rows"), Piece(parts["up"], "rows")]
+    inner = extras.intermediate_size
+    return [Piece(parts["gate_up"], "rows", maps.rows(i * inner, inner)) for i in range(2)]

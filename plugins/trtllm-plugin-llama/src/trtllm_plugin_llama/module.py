@@ -42,10 +42,15 @@ class LlamaAttention(Layer):
             sliding_window=config.sliding_window if windowed else None,
             rotary=rotary,
         )
+        self.q_norm = RMSNorm(config.head_size, extras.norm_eps) if extras.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, extras.norm_eps) if extras.qk_norm else None
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.qkv.head_size))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.split((self.qkv.num_heads, self.qkv.num_kv_heads, self.qkv.num_kv_heads), dim=-2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-2)
         return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
 
 
@@ -75,7 +80,10 @@ class LlamaModule(Layer):
         extras = LlamaExtras(**config.extras)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel)
         rotary = RotaryEmbedding(
-            config.head_size, extras.rope_theta, config.max_position_embeddings, extras.rope_scaling
+            extras.rotary_dim or config.head_size,
+            extras.rope_theta,
+            config.max_position_embeddings,
+            extras.rope_scaling,
         )
         self.layers = nn.ModuleList(LlamaLayer(i, config, extras, rotary, parallel) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, extras.norm_eps)

@@ -9,9 +9,19 @@ hook_api = "model_family>=1.0,<2"
 
 @hookimpl
 def trtllm_register_model_families(registrar: ModelFamilyRegistrar) -> None:
-    """``llama``: LLaMA, Mistral, Qwen2 and what else shares their module."""
+    """``llama``: LLaMA, Mistral, Qwen2 and 3, Phi-3 and what else shares their module."""
     registrar.add(
         "llama",
         "trtllm_plugin_llama.family:LlamaFamily",
-        architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "gguf:llama", "gguf:qwen2"),
+        architectures=(
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Phi3ForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "gguf:llama",
+            "gguf:phi3",
+            "gguf:qwen2",
+            "gguf:qwen3",
+        ),
     )
