@@ -1,0 +1,40 @@
+"""A Markov engine, and its greedy choices made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from trtllm_core import BuildConfig, ModelRunner
+from trtllm_core.testing.markov import MarkovExecutable
+
+
+@pytest.fixture
+def runner() -> ModelRunner:
+    return ModelRunner.from_engine(MarkovExecutable())
+
+
+@pytest.fixture
+def cramped() -> ModelRunner:
+    """Four requests, but the steps have room for two prompts: rows are at different steps."""
+    build = BuildConfig(max_batch_size=4, max_num_tokens=4, max_input_len=63, max_seq_len=64, tokens_per_block=8)
+    return ModelRunner.from_engine(MarkovExecutable(build=build))
+
+
+Process = Callable[[list[int], torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture
+def by_hand() -> Callable[..., list[int]]:
+    """``by_hand(runner, prompt, process, n)``: the n greedy tokens where ``process(tokens, logits)`` makes logits."""
+
+    def generate(runner: ModelRunner, prompt: Sequence[int], process: Process, n: int = 12) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(n):
+            logits = process(list(tokens), runner.session.engine.table[tokens[-1]].clone())
+            tokens.append(int(logits.argmax()))
+        return tokens[len(prompt) :]
+
+    return generate
