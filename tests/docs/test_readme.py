@@ -270,4 +270,4 @@ def test_what_is_said_to_be_absent_is_absent() -> None:
     for word, name in (("GPT", "gpt"), ("BLOOM", "bloom")):
         assert (word in absent) is not (name in families)
     assert ("in-flight batching" in absent) is not (ROOT / "trtllm_core" / "executor").exists()
-    assert ("import paths" in absent) is not (ROOT / "trtllm_core" / "compat").exists()
+    assert ("import paths" in absent) is not (ROOT / "trtllm_core" / "compat" / "tensorrt_llm").exists()
