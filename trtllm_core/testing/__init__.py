@@ -9,13 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trtllm_core.testing.criteria import StoppingCriterionConformance
     from trtllm_core.testing.family import ModelFamilyConformance
+    from trtllm_core.testing.kit import Conformance, Result, run_kit
+    from trtllm_core.testing.processors import LogitsProcessorConformance
+    from trtllm_core.testing.samplers import DecoderConformance
 
 _HOME_OF = {
+    "Conformance": "trtllm_core.testing.kit",
+    "DecoderConformance": "trtllm_core.testing.samplers",
+    "LogitsProcessorConformance": "trtllm_core.testing.processors",
     "ModelFamilyConformance": "trtllm_core.testing.family",
+    "Result": "trtllm_core.testing.kit",
+    "StoppingCriterionConformance": "trtllm_core.testing.criteria",
+    "run_kit": "trtllm_core.testing.kit",
 }
 
-__all__ = ["ModelFamilyConformance"]
+__all__ = [
+    "Conformance",
+    "DecoderConformance",
+    "LogitsProcessorConformance",
+    "ModelFamilyConformance",
+    "Result",
+    "StoppingCriterionConformance",
+    "run_kit",
+]
 
 
 def __getattr__(name: str) -> Any:

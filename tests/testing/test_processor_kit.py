@@ -1,0 +1,92 @@
+"""Each check of the processors' kit can fail, and what is sound passes all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtllm_core.plugin import Plugins
+from trtllm_core.testing import LogitsProcessorConformance
+
+
+def _sibling(name: str) -> Any:
+    """A module beside this file, which importlib mode does not put on the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bad = _sibling("bad_processors")
+WRONG = ({"weight": -1.0},)
+EACH = [
+    (bad.Shape, "test_asking_moves_no_state", "apply returned logits of shape"),
+    (bad.Nan, "test_logits_stay_usable", "it leaves NaN"),
+    (bad.Everything, "test_logits_stay_usable", "it leaves no token"),
+    (bad.Padding, "test_logits_stay_usable", "it raises a token of the padding"),
+    (bad.Others, "test_rows_of_others_are_untouched", "it changes rows of requests that did not ask for it"),
+    (bad.MovesInApply, "test_asking_moves_no_state", "asked a second time, it answers differently: token "),
+    (bad.ByRow, "test_rows_are_independent", "in another order of rows"),
+    (bad.Neighbours, "test_rows_are_independent", "in a smaller batch"),
+    (bad.CommitsOthers, "test_commits_of_part_of_the_batch", "after commits of some slots at a time"),
+    (bad.Leftovers, "test_slots_are_used_again", "in a slot that was used before"),
+    (bad.NoFork, "test_forks_are_simultaneous", "after a fork"),
+    (bad.ForksOneByOne, "test_forks_are_simultaneous", "after a fork"),
+    (bad.SharesForks, "test_forks_are_independent", "after a copy went its own way"),
+    (bad.OneTokenACommit, "test_several_tokens_at_once", "after commits of several tokens"),
+    (bad.NoRewind, "test_rewinds", "after a rewind"),
+    (bad.NoRewind, "test_everything_together", "after commits, forks, rewinds and restarts"),
+    (bad.BlindToDrafts, "test_drafts_are_seen", "behind 1 drafts"),
+    (bad.NotInvariant, "test_argmax_is_invariant", "changes which token is the likeliest"),
+    (bad.NotInvariant, "test_greedy_requests_without_it", "a greedy request gets other tokens without it"),
+    (bad.Waits, "test_the_host_never_waits", "waits for the device"),
+    (bad.WaitsForAList, "test_the_host_never_waits", "Tensor.tolist waits for the device"),
+    (bad.MaskAsIndex, "test_the_host_never_waits", "a mask as an index"),
+    (bad.Branches, "test_shapes_are_fixed", "two steps ran different operations"),
+    (bad.NewKey, "test_graph_key", "its graph_key changed"),
+    (bad.KeyIsAList, "test_graph_key", "not hashable"),
+    (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'weight': -1.0}"),
+    (bad.RaisesItsOwn, "test_wrong_parameters_are_refused", "RuntimeError: weight"),
+    (bad.NoPhase, "test_declarations", "its phase is 'penalty!'"),
+    (bad.OrderIsText, "test_declarations", "its after is 'penalties'"),
+    (bad.HostTakesNothingBack, "test_declarations", "write take_back"),
+    (bad.HostTakesTooMuchBack, "test_rewinds", "after a rewind"),
+    (bad.HostMovesInMask, "test_asking_moves_no_state", "asked a second time"),
+    (bad.MaskOfTheStepBefore, "test_masks_prepared_beside_the_forward_pass", "with masks prepared before"),
+    (bad.Joins(), "test_who_does_not_ask_pays_nothing", "it joins requests that did not ask for it"),
+    (bad.ForgetsTheEnd, "test_generation", "a slot that is not mine"),
+]
+
+
+@pytest.mark.parametrize(("plugin", "check", "why"), EACH, ids=lambda value: getattr(value, "__name__", None))
+def test_each_check_can_fail(plugin: Any, check: str, why: str, examine: Any) -> None:
+    params = {"wrong_params": WRONG} if "parameters" in check else {}
+    result = examine(LogitsProcessorConformance, plugin, **params)[check]
+    assert result.status == "failed"
+    assert why in result.why
+
+
+def test_every_check_has_a_plugin_that_fails_it() -> None:
+    every = set(LogitsProcessorConformance.checks()) - {"test_it_does_something"}
+    assert every == {check for _, check, _ in EACH} | {each for each in every if "gpu" in each}
+
+
+@pytest.mark.parametrize("plugin", [bad.Counting, bad.Refuses, bad.Alternating], ids=lambda plugin: plugin.__name__)
+def test_what_is_sound_passes(plugin: Any, examine: Any) -> None:
+    attributes = {"params": ({}, {"weight": 2.0}), "wrong_params": WRONG} if plugin is not bad.Alternating else {}
+    results = examine(LogitsProcessorConformance, plugin, **attributes)
+    assert [result for result in results.values() if result.status == "failed"] == []
+    assert results["test_it_does_something"].status == "passed"
+
+
+def test_a_plugin_that_never_acts_is_told_so(examine: Any) -> None:
+    result = examine(LogitsProcessorConformance, bad.Idle)["test_it_does_something"]
+    assert result.status == "skipped"
+    assert "no logit changed" in result.why

@@ -1,0 +1,289 @@
+"""Checks that hold for everything that keeps state by slot: processors, criteria and decoders."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Generic
+
+from trtllm_core.config import SamplingConfig
+from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.versions import CORE
+from trtllm_core.testing.generations import generate, new_runner
+from trtllm_core.testing.kit import Conformance, passed_over, require
+from trtllm_core.testing.lives import G, Life, Rig, Setting
+from trtllm_core.testing.subject import Case, Kind, Subject, product, resolve
+from trtllm_core.testing.watch import HostWait, Operation, no_waiting, operations
+
+
+class SlotConformance(Conformance, Generic[G]):
+    """The life of a slot: begin, commit, fork, rewind, end, and begin again.
+
+    Every check lives through random texts and compares what the plugin says of each slot with what a new object of it
+    says that was told the same text from its beginning, one token at a time.
+    """
+
+    sampling: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Fields of SamplingConfig to try, beside the plugin's own parameters."""
+    vocab_size: ClassVar[int] = 40
+    """Of the model that is tried. Random texts are mostly of its first eight tokens; token 7 ends a sequence."""
+    lives: ClassVar[int] = 4
+    """How many random lives each check tries."""
+
+    kind: ClassVar[Kind]
+    rig: type[G]
+
+    @classmethod
+    def subject(cls) -> Subject:
+        """What is examined."""
+        return resolve(cls.kind, cls.given(), cls.name)
+
+    @classmethod
+    def cases(cls) -> list[Case]:
+        """The requests to try."""
+        return [cls.subject().case(params, sampling) for params, sampling in product(cls.params, cls.sampling)]
+
+    def setting(self, device: str = "cpu") -> Setting:
+        """What rigs are made for."""
+        return Setting(self.subject(), self.vocab_size, device)
+
+    def life(self, seed: int, chunk: int = 1, device: str = "cpu") -> Life[G]:
+        """A new plugin, whose slots have lived a little."""
+        self.skip_unless_it_can_run()
+        life = Life(self.rig(self.setting(device)), self.cases(), chunk, seed)
+        life.grow(3)
+        return life
+
+    def skip_unless_it_can_run(self) -> None:
+        """What a plugin needs beside tokens and text is not here."""
+        capabilities = self.subject().make().capabilities
+        missing = capabilities.needs - {"text"}
+        if missing:
+            passed_over(f"it needs {', '.join(sorted(missing))}, which this kit cannot give it")
+
+    def speculates(self) -> bool:
+        """Whether it says that it can take part in verify steps, and give tokens back."""
+        return getattr(self.subject().make().capabilities, "speculation", "rewind") != "none"
+
+    def skip_unless_it_speculates(self) -> None:
+        """Nothing of the sort is promised."""
+        if not self.speculates():
+            passed_over('it declares speculation="none": requests that use it verify no drafts')
+
+    def on_device(self) -> bool:
+        """Whether it works on tensors of all rows at once."""
+        return True
+
+    def same(self, rig: Rig[Any], other: Rig[Any], after: str) -> None:
+        """Both must answer alike for all live slots."""
+        self.same_answers(rig, rig.answers(list(rig.branches)), other.answers(list(rig.branches)), after)
+
+    def same_answers(self, rig: Rig[Any], found: Mapping[int, Any], due: Mapping[int, Any], after: str) -> None:
+        """The answers must be those that are due."""
+        for slot, answer in found.items():
+            difference = rig.difference(answer, due[slot])
+            branch = rig.branches[slot]
+            text = f"text {list(branch.prompt)} + {list(branch.generated)}"
+            require(not difference, f"{after}: {difference} (slot {slot}, {branch.case}, {text})")
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def test_asking_moves_no_state(self) -> None:
+        """State moves in ``commit`` alone: a step that is asked twice is answered alike."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            rig, slots = life.rig, list(life.rig.branches)
+            first = rig.answers(slots)
+            self.same_answers(rig, rig.answers(slots), first, "asked a second time, it answers differently")
+            for _ in range(3):
+                rig.answers(slots)
+                life.commit()
+            self.same(rig, rig.replayed(), "asked more often than it was told tokens, it ends in another state")
+
+    def test_rows_are_independent(self) -> None:
+        """A row's answer depends neither on its place in the batch nor on who is beside it."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            rig, slots = life.rig, list(life.rig.branches)
+            due = rig.answers(slots)
+            self.same_answers(rig, rig.answers(slots[::-1]), due, "in another order of rows, it answers differently")
+            shuffled = life.random.sample(slots, len(slots))
+            self.same_answers(rig, rig.answers(shuffled), due, "in another order of rows, it answers differently")
+            for part in (slots[:2], slots[2:], *([slot] for slot in slots)):
+                self.same_answers(rig, rig.answers(part), due, "in a smaller batch, it answers differently")
+
+    def test_commits_of_part_of_the_batch(self) -> None:
+        """Slots that are not in a step, and rows of others in it, change nothing."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            life.grow(4)
+            self.same(life.rig, life.rig.replayed(), "after commits of some slots at a time, its state is another")
+
+    def test_slots_are_used_again(self) -> None:
+        """``begin`` writes all state of a slot: nothing of the branch before is left."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            for _ in range(3):
+                life.restart()
+                self.same(life.rig, life.rig.replayed(), "in a slot that was used before, it answers differently")
+                life.grow(2)
+            self.same(life.rig, life.rig.replayed(), "in a slot that was used before, it answers differently")
+
+    def test_forks_are_simultaneous(self) -> None:
+        """Copies are made all at once: 0←1, 1←0 swaps two branches, and rings of three go round."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            for event in (lambda life=life: life.cycle(2), lambda life=life: life.cycle(3), life.fork):
+                life.grow(2)
+                event()
+                self.same(life.rig, life.rig.replayed(), "after a fork, it answers differently")
+
+    def test_forks_are_independent(self) -> None:
+        """What happens to a copy does not happen to what it was copied from."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            life.rig.fork([(0, 1), (0, 2)])
+            life.give({1: life.tokens(1)})
+            life.give({1: life.tokens(1), 2: life.tokens(1)})
+            self.same(life.rig, life.rig.replayed(), "after a copy went its own way, it answers differently")
+
+    # -- speculation ---------------------------------------------------------------------------------------------
+
+    def test_several_tokens_at_once(self) -> None:
+        """A commit of several tokens is the same as several commits of one."""
+        self.skip_unless_it_speculates()
+        for seed in range(self.lives):
+            life = self.life(seed, chunk=4)
+            life.grow(4)
+            self.same(life.rig, life.rig.replayed(), "after commits of several tokens, its state is another")
+
+    def test_rewinds(self) -> None:
+        """Tokens that were taken back leave nothing behind."""
+        self.skip_unless_it_speculates()
+        for seed in range(self.lives):
+            life = self.life(seed, chunk=3)
+            for _ in range(4):
+                life.rewind()
+                self.same(life.rig, life.rig.replayed(), "after a rewind, it answers differently")
+                life.commit()
+            self.same(life.rig, life.rig.replayed(), "after rewinds and commits, it answers differently")
+
+    def test_everything_together(self) -> None:
+        """Long lives of all events."""
+        for seed in range(self.lives):
+            chunk = 3 if self.speculates() else 1
+            life = self.life(100 + seed, chunk)
+            events = [life.commit, life.commit, life.fork, life.restart, *([life.rewind] if self.speculates() else [])]
+            for _ in range(12):
+                life.random.choice(events)()
+            self.same(
+                life.rig, life.rig.replayed(), "after commits, forks, rewinds and restarts, it answers differently"
+            )
+
+    # -- the device ----------------------------------------------------------------------------------------------
+
+    def ask_all(self, life: Life[G]) -> None:
+        """All that the loop does between two ``begin``."""
+        rig = life.rig
+        rig.answers(list(rig.branches))
+
+    def test_the_host_never_waits(self) -> None:
+        """Device code brings no value to the host, and has no shape that depends on data."""
+        if not self.on_device():
+            passed_over("it is a host plugin")
+        life = self.life(0)
+        life.rig.watch = no_waiting
+        try:
+            self.ask_all(life)
+            life.rig.commit({slot: life.tokens(1) for slot in life.rig.branches})
+            life.rig.fork([(0, 1), (1, 0)])
+            if self.speculates():
+                life.rig.rewind(0, 1)
+        except HostWait as wait:
+            raise AssertionError(f"it is a device plugin, but {wait}") from wait
+
+    def test_shapes_are_fixed(self) -> None:
+        """What may be captured in a CUDA graph runs the same operations on the same shapes, whatever the data."""
+        capabilities = self.subject().make().capabilities
+        if not capabilities.graph_safe or not self.on_device():
+            passed_over("it does not declare graph_safe")
+        rig = (life := self.life(0)).rig
+        traces: list[tuple[Hashable, list[Operation]]] = []
+        for _ in range(4):
+            trace: list[Operation] = []
+            rig.watch = functools.partial(operations, trace)
+            self.ask_all(life)
+            rig.commit({slot: life.tokens(1) for slot in rig.branches})
+            traces.append((rig.plugin.graph_key, trace))
+        for (key, one), (other, two) in itertools.pairwise(traces):
+            if key == other and one != two:
+                raise AssertionError(f"it declares graph_safe, but two steps ran {_parting(one, two)}")
+
+    def test_graph_key(self) -> None:
+        """It is hashable, and changes where slots begin and end alone."""
+        for seed in range(self.lives):
+            life = self.life(seed)
+            rig = life.rig
+            key = rig.plugin.graph_key
+            require(isinstance(key, Hashable), f"its graph_key {key!r} is not hashable")
+            rig.answers(list(rig.branches))
+            rig.commit({slot: life.tokens(1) for slot in rig.branches})
+            rig.fork([(0, 1), (1, 0)])
+            require(rig.plugin.graph_key == key, "its graph_key changed, though no slot began or ended")
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def test_wrong_parameters_are_refused(self) -> None:
+        """Each of ``wrong_params`` is refused before the first token, by a ``ConfigError``."""
+        if not self.wrong_params:
+            passed_over("no `wrong_params` are given")
+        for params in self.wrong_params:
+            require(self._refuses(params), f"it takes the parameters {dict(params)}")
+
+    def _refuses(self, params: Mapping[str, Any]) -> bool:
+        subject = self.subject()
+        try:
+            request = subject.request(params, self.sampling[0])
+            Life(self.rig(self.setting()), [Case(request, subject.planned(request).params, str(params))])
+        except ConfigError:
+            return True
+        return False
+
+    def test_who_does_not_ask_pays_nothing(self) -> None:
+        """A request that asks for nothing does not have it in its plan, and no time is spent in it."""
+        self.skip_unless_it_can_run()
+        subject, idle = self.subject(), SamplingConfig(top_k=0, top_p=1.0, end_id=(), max_new_tokens=6)
+        if subject.entry.source.distribution == CORE:
+            passed_over("it is the core's: the defaults of SamplingConfig say who asks for it")
+        runner = new_runner(subject, self.vocab_size)
+        names = [item.name for item in runner.explain(idle).items]
+        require(subject.name not in names, "it joins requests that did not ask for it: see its `consumes`")
+        runner.generate([[1, 2]], self.cases()[0].sampling)
+        before = runner.generation.loop.branches.plugin_seconds().get(subject.name)
+        runner.generate([[1, 2], [3]], idle)
+        after = runner.generation.loop.branches.plugin_seconds().get(subject.name)
+        require(before == after, "time is spent in it though no request asks for it any more")
+
+    def test_generation(self) -> None:
+        """Whole requests, alone and together with others: the same tokens, and no error."""
+        self.skip_unless_it_can_run()
+        subject, cases = self.subject(), self.cases()
+        mine = [case.sampling.replace(random_seed=seed, return_dict=True) for seed, case in enumerate(cases)][:3]
+        other = SamplingConfig(top_k=0, top_p=1.0, random_seed=9, end_id=(), max_new_tokens=20, return_dict=True)
+        prompts = [[1, 2, 3, 1, 2], [4], [5, 6, 5, 6, 5, 6]][: len(mine)]
+        together = generate(subject, self.vocab_size, [*prompts, [2]], [*mine, other])
+        alone = [generate(subject, self.vocab_size, [p], [s])[0] for p, s in zip(prompts, mine, strict=True)]
+        for one, both, sampling in zip(alone, together, mine, strict=False):
+            require(one == both, f"in a batch, a request gets {both}, and alone {one} ({sampling!r})")
+        (idle,) = generate(subject, self.vocab_size, [[2]], [other])
+        require(idle == together[-1], "a request that did not ask for it gets other tokens beside one that did")
+
+
+def _parting(one: Sequence[Operation], two: Sequence[Operation]) -> str:
+    """Where two lists of operations first differ."""
+    at, pair = next((i, pair) for i, pair in enumerate(itertools.zip_longest(one, two)) if pair[0] != pair[1])
+    first, second = (
+        "nothing" if each is None else f"{each[0]} on {[list(shape) for shape, _ in each[1]]}" for each in pair
+    )
+    return f"different operations: number {at} was {first}, and then {second}"

@@ -1,0 +1,184 @@
+"""What a kit examines: one registered thing, found by its name, its class or the module that registers it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trtllm_core.config import SamplingConfig
+from trtllm_core.decoding.plan import PlanItem, Planner
+from trtllm_core.errors import ConfigError
+from trtllm_core.plugin import (
+    DecoderRegistrar,
+    Entry,
+    LogitsProcessorRegistrar,
+    Plugins,
+    Registry,
+    Source,
+    StoppingCriterionRegistrar,
+    hookimpl,
+)
+from trtllm_core.plugin.lifecycle import SlotPlugin
+
+T = TypeVar("T")
+
+END_IDS = (7,)
+"""Tokens that end a sequence in all that the kits run."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of plugin that chooses, changes or stops tokens."""
+
+    name: str
+    """As in ``HOOK_VERSIONS``."""
+    hook: str
+    registrar: type[Any]
+    registry: str
+    """Attribute of ``Plugins``."""
+    field: str
+    """Field of SamplingConfig that names one."""
+
+
+LOGITS_PROCESSOR = Kind(
+    "logits_processor",
+    "trtllm_register_logits_processors",
+    LogitsProcessorRegistrar,
+    "logits_processors",
+    "logits_processors",
+)
+STOPPING_CRITERION = Kind(
+    "stopping_criterion",
+    "trtllm_register_stopping_criteria",
+    StoppingCriterionRegistrar,
+    "stopping_criteria",
+    "stopping_criteria",
+)
+DECODER = Kind("decoder", "trtllm_register_decoders", DecoderRegistrar, "decoders", "decoder")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request that is tried: what it asks for, and the plugin's parameters as its ``Params`` made them."""
+
+    sampling: SamplingConfig
+    params: Any
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A registered plugin, and the plugins that it is registered with."""
+
+    kind: Kind
+    name: str
+    plugins: Plugins
+
+    @property
+    def entry(self) -> Entry[Any]:
+        """Where and how it is registered."""
+        registry: Registry[Any] = getattr(self.plugins, self.kind.registry)
+        return registry.get(self.name)
+
+    def make(self) -> Any:
+        """A new object of it, as a session makes one."""
+        return self.entry.load()()
+
+    def request(self, params: Mapping[str, Any], sampling: Mapping[str, Any]) -> SamplingConfig:
+        """A request that asks for the plugin by name. It samples, unless ``sampling`` or a decoder says otherwise.
+
+        Raises:
+            ConfigError: ``sampling`` is no SamplingConfig.
+        """
+        use: Any = {"name": self.name, "params": dict(params)}
+        fields = {"end_id": END_IDS, "max_new_tokens": 24, **sampling}
+        if self.kind is DECODER:
+            return SamplingConfig(**{**fields, "decoder": use})
+        return SamplingConfig(**{"top_k": 0, "top_p": 1.0, **fields, self.kind.field: (use,)})
+
+    def case(self, params: Mapping[str, Any], sampling: Mapping[str, Any]) -> Case:
+        """The request as the core plans it.
+
+        Raises:
+            ConfigError: the plugin, or the rest of the plan, refuses it.
+        """
+        request = self.request(params, sampling)
+        said = [f"{name}={value!r}" for name, value in {**sampling, **params}.items()]
+        return Case(request, self.planned(request).params, ", ".join(said) or "its defaults")
+
+    def planned(self, request: SamplingConfig) -> PlanItem:
+        """The plugin's place in the plan of a request that names it.
+
+        Raises:
+            ConfigError: the plugin, or the rest of the plan, refuses the request.
+        """
+        needs = getattr(self.make(), "capabilities", None)
+        plan = Planner(self.plugins, frozenset({"text"}) | getattr(needs, "needs", frozenset())).plan(request)
+        return next(item for item in plan.items if item.name == self.name)
+
+
+@functools.lru_cache(maxsize=64)
+def resolve(kind: Kind, plugin: object, name: str | None) -> Subject:
+    """Find what is meant.
+
+    Args:
+        plugin: the name under which an installed plugin registered it; a class or another factory of it; or a module
+            or instance with hooks.
+        name: which of several things that a module registers.
+
+    Raises:
+        ConfigError: a module registers nothing of the kind, or several things and ``name`` is None.
+    """
+    if isinstance(plugin, str):
+        plugins = Plugins.load()
+        registry: Registry[Any] = getattr(plugins, kind.registry)
+        return Subject(kind, registry.get(plugin).name, plugins)
+    if hasattr(plugin, "hook_api"):
+        names = _registered(kind, plugin)
+        if name is None and len(names) != 1:
+            raise ConfigError(f"{plugin!r} registers {len(names)} things of kind {kind.name}: say which by `name`")
+        return Subject(kind, names[0] if name is None else name, Plugins.load(extra=[plugin]))
+    if not callable(plugin):
+        raise ConfigError(f"`plugin` is {plugin!r}: give a class, a module that registers one, or a registered name")
+    called = name or str(getattr(plugin, "__name__", type(plugin).__name__))
+    return Subject(kind, called, Plugins.load(extra=[_Local(kind, called, plugin)]))
+
+
+def _registered(kind: Kind, plugin: object) -> list[str]:
+    registry: Registry[Any] = Registry(kind.name)
+    hook = getattr(plugin, kind.hook, None)
+    if hook is not None:
+        hook(kind.registrar(registry, Source("kit", "kit", "0")))
+    return [entry.name for entry in registry]
+
+
+class _Local:
+    """Registers one class, as a plugin module would."""
+
+    def __init__(self, kind: Kind, name: str, factory: Any) -> None:
+        self.hook_api = f"{kind.name}>=1.0,<2"
+        self.__name__ = name
+        setattr(self, kind.hook, hookimpl(_adds(name, factory)))
+
+
+def _adds(name: str, factory: Any) -> Any:
+    def register(registrar: Any) -> None:
+        registrar.add(name, factory)
+
+    return register
+
+
+def product(params: Sequence[Mapping[str, Any]], sampling: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    """Every choice of parameters with every choice of sampling fields."""
+    return [(one, other) for one in params for other in sampling]
+
+
+def needs_of(plugin: SlotPlugin) -> frozenset[str]:
+    """What a plugin must be given."""
+    found: frozenset[str] = getattr(plugin, "capabilities").needs  # noqa: B009 (each kind has its own class of them)
+    return found
