@@ -298,7 +298,7 @@ class HostMovesInMask(Alternating):
 
     def mask(self, state, tokens, words):
         self.calls += 1
-        return super().mask(state + (self.calls % 7,), tokens, words)
+        return super().mask((*state, self.calls % 7), tokens, words)
 
 
 class HostTakesNothingBack(Alternating):

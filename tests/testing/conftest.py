@@ -1,18 +1,22 @@
-"""Running a kit on a plugin without pytest."""
+"""Running a kit on a plugin without pytest; and the modules beside the tests can be imported."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trtllm_core.testing import Result, run_kit
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-def examine(kit: type[Any], plugin: Any, **attributes: Any) -> dict[str, Result]:
-    """What became of each check of a kit."""
+
+def examine(kit: type[Any], plugin: Any, check: str | None = None, **attributes: Any) -> dict[str, Result]:
+    """What became of each check of a kit, or of one of them."""
     made = type("Examined", (kit,), {"plugin": plugin, **attributes})
-    return {result.check: result for result in run_kit(made)}
+    return {result.check: result for result in run_kit(made, None if check is None else [check])}
 
 
 @pytest.fixture(scope="session", name="examine")

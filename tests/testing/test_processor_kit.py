@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
+import bad_processors as bad
 import pytest
 
-from trtllm_core.plugin import Plugins
 from trtllm_core.testing import LogitsProcessorConformance
 
-
-def _sibling(name: str) -> Any:
-    """A module beside this file, which importlib mode does not put on the path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bad = _sibling("bad_processors")
 WRONG = ({"weight": -1.0},)
 EACH = [
     (bad.Shape, "test_asking_moves_no_state", "apply returned logits of shape"),
@@ -68,7 +52,7 @@ EACH = [
 @pytest.mark.parametrize(("plugin", "check", "why"), EACH, ids=lambda value: getattr(value, "__name__", None))
 def test_each_check_can_fail(plugin: Any, check: str, why: str, examine: Any) -> None:
     params = {"wrong_params": WRONG} if "parameters" in check else {}
-    result = examine(LogitsProcessorConformance, plugin, **params)[check]
+    result = examine(LogitsProcessorConformance, plugin, check, **params)[check]
     assert result.status == "failed"
     assert why in result.why
 

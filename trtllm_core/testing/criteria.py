@@ -11,13 +11,15 @@ from trtllm_core.decoding.host import HostCriterionAdapter
 from trtllm_core.plugin import DeviceStoppingCriterion, HostStoppingCriterion, Stop, StoppingCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.testing.kit import passed_over, require
-from trtllm_core.testing.lives import Rig
+from trtllm_core.testing.lives import ALPHABET, Rig
 from trtllm_core.testing.slotkit import SlotConformance
 from trtllm_core.testing.subject import STOPPING_CRITERION
 
 Answer = tuple[Stop | None, ...]
 
-PROBES = tuple((token,) for token in range(9))
+POSITIONS = 64
+"""From how many rows of logits tokens are chosen, by their places in the text."""
+PROBES = tuple((token,) for token in range(ALPHABET))
 """Tokens that might be chosen next: what a criterion says of each is its answer about a slot."""
 
 
@@ -26,8 +28,15 @@ class CriterionRig(Rig[Answer]):
 
     padding = 0
 
-    def wrapped(self, plugin: Any) -> SlotPlugin:
+    def scores(self) -> torch.Tensor | None:
         """See ``Rig``, as all that follows."""
+        if "logits" not in self.plugin.capabilities.needs:
+            return None
+        generator = torch.Generator().manual_seed(2)
+        shape = (POSITIONS, self.floor.context.vocab_size_padded)
+        return torch.randn(shape, generator=generator).mul_(4).to(self.floor.device)
+
+    def wrapped(self, plugin: Any) -> SlotPlugin:
         if isinstance(plugin, HostStoppingCriterion):
             return HostCriterionAdapter(plugin, self.floor.history)
         require(isinstance(plugin, DeviceStoppingCriterion), f"it is a {type(plugin).__name__}, no stopping criterion")
@@ -43,7 +52,7 @@ class CriterionRig(Rig[Answer]):
             stops = self.call(self.acting.check_rows, list(new), [list(tokens) for tokens in new.values()])
         else:
             told = {**new, **dict.fromkeys(bystanders, (1,))}
-            batch = self.floor.chosen(told, [slot in new for slot in told])
+            batch = self.floor.chosen(told, [slot in new for slot in told], self.scores())
             stops = self._stops(self.call(self.acting.check, batch), len(told))
         for stop, tokens in zip(stops, new.values(), strict=False):
             require(stop is None or isinstance(stop, Stop), f"check returned a {type(stop).__name__}, no Stop")
@@ -77,6 +86,8 @@ class StoppingCriterionConformance(SlotConformance[CriterionRig]):
 
     kind = STOPPING_CRITERION
     rig = CriterionRig
+
+    offers = frozenset({"text", "logits"})
 
     def on_device(self) -> bool:
         """See ``SlotConformance``."""

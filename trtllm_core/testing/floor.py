@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from trtllm_core.config import SamplingConfig
+from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.decoding.random import slot_key
 from trtllm_core.decoding.slots import Slots
 from trtllm_core.plugin import BranchView, CommitBatch, LogitsBatch
@@ -18,7 +19,7 @@ UNDEFINED = 10**9
 
 
 class Floor:
-    """The core's own slots, filled by hand instead of by a loop.
+    """The core's own slots, filled by hand instead of by a loop. Its clock stands still.
 
     Args:
         slots: how many.
@@ -35,10 +36,10 @@ class Floor:
         padding: int = 4,
         max_seq_len: int = 96,
         device: torch.device | str = "cpu",
-        text: Callable[[Sequence[int]], bytes] | None = None,
+        text: TokenBytes | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.slots = Slots(slots, max_seq_len, vocab_size, vocab_size + padding, self.device, text)
+        self.slots = Slots(slots, max_seq_len, vocab_size, vocab_size + padding, self.device, text, lambda: 0.0)
         self.context = self.slots.context
         # Undefined behind the texts, so that a plugin which reads there is found out.
         self.slots.tokens[:] = vocab_size - 1
@@ -86,15 +87,28 @@ class Floor:
             draft,
         )
 
-    def chosen(self, new: Mapping[int, Sequence[int]], active: Sequence[bool] | None = None) -> CommitBatch:
-        """Tokens that a step chose, ``new[slot]`` of each slot, in the order of the mapping."""
+    def chosen(
+        self,
+        new: Mapping[int, Sequence[int]],
+        active: Sequence[bool] | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> CommitBatch:
+        """Tokens that a step chose, ``new[slot]`` of each slot, in the order of the mapping.
+
+        ``scores`` are the logits that they were chosen from, float32 ``[positions, vocab_size_padded]``: a token's row
+        is its place in the text, modulo ``positions``.
+        """
         width = max(1, *map(len, new.values()))
         tokens = torch.full((len(new), width), UNDEFINED)
         for row, given in zip(tokens, new.values(), strict=True):
             row[: len(given)] = torch.tensor(list(given), dtype=torch.int64)
         flags = torch.tensor(active if active is not None else [True] * len(new), device=self.device)
         counts = self._ints([len(given) for given in new.values()])
-        return CommitBatch(self.context, self._ints(list(new)), tokens.to(self.device), counts, flags)
+        slot = self._ints(list(new))
+        if scores is None:
+            return CommitBatch(self.context, slot, tokens.to(self.device), counts, flags)
+        source = self.context.lengths[slot].unsqueeze(1) + torch.arange(width, device=self.device)
+        return CommitBatch(self.context, slot, tokens.to(self.device), counts, flags, scores, source % len(scores))
 
     def commit(self, batch: CommitBatch) -> None:
         """The tokens become history; the plugins' ``commit`` comes after it."""

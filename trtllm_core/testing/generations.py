@@ -7,31 +7,34 @@ from collections.abc import Sequence
 from trtllm_core.config import BuildConfig, SamplingConfig
 from trtllm_core.runner import ModelRunner
 from trtllm_core.testing.kit import require
-from trtllm_core.testing.letters import letter_tokenizer
+from trtllm_core.testing.lives import Setting
 from trtllm_core.testing.markov import MarkovExecutable
-from trtllm_core.testing.subject import Subject
 
 Outcome = tuple[tuple[int, ...], str, str]
 """Tokens, finish reason and text."""
 
 
-def new_runner(subject: Subject, vocab_size: int) -> ModelRunner:
+def new_runner(setting: Setting) -> ModelRunner:
     """A new session in debug mode, with the subject's plugins and a tokenizer."""
     build = BuildConfig(max_batch_size=8, max_input_len=63, max_seq_len=96, tokens_per_block=8)
-    engine = MarkovExecutable(vocab_size, build=build)
-    tokenizer = letter_tokenizer(vocab_size)
-    return ModelRunner.from_engine(engine, debug_mode=True, plugins=subject.plugins, tokenizer=tokenizer)
+    engine = MarkovExecutable(setting.vocab_size, build=build)
+    plugins = setting.subject.plugins
+    return ModelRunner.from_engine(engine, debug_mode=True, plugins=plugins, tokenizer=setting.tokenizer)
 
 
-def generate(
-    subject: Subject, vocab_size: int, prompts: Sequence[Sequence[int]], requests: Sequence[SamplingConfig]
-) -> list[Outcome]:
-    """Run requests together in a new session.
+def generate(setting: Setting, prompts: Sequence[Sequence[int]], requests: Sequence[SamplingConfig]) -> list[Outcome]:
+    """Run requests together, twice in one session.
 
     Raises:
-        AssertionError: one of them ended with ``plugin_error``.
+        AssertionError: one of them ended with ``plugin_error``, or the second time is not like the first.
     """
-    outputs = new_runner(subject, vocab_size).generate(prompts, requests, text=True)["outputs"]
-    for output in outputs:
-        require(output.error is None, f"in a session it fails: {output.error}")
-    return [(tuple(output.tokens), output.finish_reason, output.text or "") for output in outputs]
+    runner = new_runner(setting)
+    rounds = []
+    for _ in range(2):
+        outputs = runner.generate(prompts, requests, text=True)["outputs"]
+        for output in outputs:
+            require(output.error is None, f"in a session it fails: {output.error}")
+        rounds.append([(tuple(output.tokens), output.finish_reason, output.text or "") for output in outputs])
+    first, second = rounds
+    require(first == second, f"a second time in one session, requests get {second}, not {first}")
+    return first

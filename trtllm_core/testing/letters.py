@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import string
 
@@ -18,6 +19,7 @@ def pieces(count: int) -> list[str]:
     return list(itertools.islice(words, count))
 
 
+@functools.lru_cache(maxsize=8)
 def letter_tokenizer(vocab_size: int, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
     """A tokenizer of ``vocab_size`` tokens: ``a`` is 0, ``h`` 7, ``aa`` 8. It encodes no text, but decodes all ids."""
     vocab = {piece: token for token, piece in enumerate(pieces(vocab_size))}

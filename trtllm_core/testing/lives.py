@@ -12,18 +12,19 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
+from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.decoding.detokenizer import TokenBytes
+from trtllm_core.decoding.host import HostAdapter
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.testing.floor import Floor
-from trtllm_core.testing.letters import letter_tokenizer
-from trtllm_core.testing.subject import END_IDS, Case, Subject
+from trtllm_core.testing.subject import Case, Subject
 
 A = TypeVar("A")
 R = TypeVar("R")
 G = TypeVar("G", bound="Rig[Any]")
 
 SLOTS = 8
-ALPHABET = 8
+ALPHABET = 10
 """Most tokens of random texts are below it, so that words, n-grams and loops occur."""
 
 
@@ -32,8 +33,14 @@ class Setting:
     """What a rig is made for."""
 
     subject: Subject
-    vocab_size: int = 40
+    vocab_size: int
+    tokenizer: Tokenizer
     device: str = "cpu"
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        return self.tokenizer.eos_ids
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Rig(ABC, Generic[A]):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        text = _text(setting.vocab_size)
+        text = _token_bytes(setting.tokenizer)
         self.floor = Floor(SLOTS, setting.vocab_size, self.padding, device=setting.device, text=text)
         self.plugin = setting.subject.make()
         self.acting: Any = self.wrapped(self.plugin)
@@ -85,24 +92,38 @@ class Rig(ABC, Generic[A]):
     def call(self, method: Callable[..., R], *args: object) -> R:
         """Call the plugin."""
         with self.watch():
-            return method(*args)
+            result = method(*args)
+        if isinstance(self.acting, HostAdapter):
+            for error in self.acting.take_failed().values():
+                raise error
+        return result
+
+    def possible(self, wanted: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """The tokens that are wanted, or others in their place where the plugin would not let them be chosen."""
+        return {slot: list(tokens) for slot, tokens in wanted.items()}
 
     def stops(self, new: Mapping[int, Sequence[int]]) -> dict[int, int]:
         """How many of the new tokens stay in slots that end with them."""
-        return {}
+        ends = {slot: [token in self.setting.end_ids for token in tokens] for slot, tokens in new.items()}
+        return {slot: found.index(True) + 1 for slot, found in ends.items() if any(found)}
+
+    def scores(self) -> torch.Tensor | None:
+        """The logits that tokens come from, for a plugin that needs them."""
+        return None
 
     def begin(self, slot: int, branch: Branch) -> None:
         """A branch starts, with its prompt only."""
         case = branch.case
         sampling = case.sampling
-        view = self.floor.begin(slot, branch.prompt, sampling, case.params, END_IDS, branch.seed, branch.number)
+        ends = self.setting.end_ids
+        view = self.floor.begin(slot, branch.prompt, sampling, case.params, ends, branch.seed, branch.number)
         self.acting.begin(slot, view)
         self.branches[slot] = replace(branch, generated=())
 
     def commit(self, new: Mapping[int, Sequence[int]], bystanders: Iterable[int] = ()) -> None:
         """Tokens are accepted, all in one batch; ``bystanders`` are slots of others in the same step."""
         told = {**new, **dict.fromkeys(bystanders, (1,))}
-        batch = self.floor.chosen(told, [slot in new for slot in told])
+        batch = self.floor.chosen(told, [slot in new for slot in told], self.scores())
         self.floor.commit(batch)
         self.call(self.acting.commit, batch)
         for slot, tokens in new.items():
@@ -190,6 +211,7 @@ class Life(Generic[G]):
 
     def give(self, new: Mapping[int, Sequence[int]]) -> None:
         """Slots get these tokens, as far as the plugin lets them. What ends begins anew."""
+        new = self.rig.possible(new)
         stops = self.rig.stops(new)
         kept = {slot: tokens[: stops.get(slot, len(tokens))] for slot, tokens in new.items()}
         self.rig.commit(kept, [slot for slot in self.BYSTANDERS if self.random.random() < 0.5])
@@ -234,5 +256,5 @@ class Life(Generic[G]):
 
 
 @functools.lru_cache(maxsize=8)
-def _text(vocab_size: int) -> TokenBytes:
-    return TokenBytes.of(letter_tokenizer(vocab_size))
+def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    return TokenBytes.of(tokenizer)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from trtllm_core.config import SamplingConfig
 from trtllm_core.plugin import Sampler
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.testing.kit import passed_over, require
 from trtllm_core.testing.lives import SLOTS, Life, Rig, Setting
 from trtllm_core.testing.slotkit import SlotConformance
-from trtllm_core.testing.subject import DECODER
+from trtllm_core.testing.subject import DECODER, Case
 
 PROBES = 5
 """How many rows of logits a sampler is asked about to learn its state."""
@@ -65,6 +66,11 @@ class DecoderConformance(SlotConformance[SamplerRig]):
         """Capabilities are what the core reads."""
         plugin = self.subject().make()
         require(isinstance(plugin.capabilities, DecoderCapabilities), "its capabilities are no DecoderCapabilities")
+
+    def seeded(self, case: Case, seed: int) -> SamplingConfig:
+        """See ``SlotConformance``: what does not honour ``random_seed`` must not need it."""
+        honoured = "random_seed" in self.subject().entry.consumes
+        return case.sampling.replace(random_seed=seed) if honoured else case.sampling
 
     def ask_all(self, life: Life[SamplerRig]) -> None:
         """See ``SlotConformance``: with drafts too."""

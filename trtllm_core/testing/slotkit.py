@@ -7,14 +7,19 @@ import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic
 
+from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import SamplingConfig
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin.versions import CORE
 from trtllm_core.testing.generations import generate, new_runner
 from trtllm_core.testing.kit import Conformance, passed_over, require
+from trtllm_core.testing.letters import letter_tokenizer
 from trtllm_core.testing.lives import G, Life, Rig, Setting
 from trtllm_core.testing.subject import Case, Kind, Subject, product, resolve
 from trtllm_core.testing.watch import HostWait, Operation, no_waiting, operations
+
+END_IDS = (9,)
+"""Of the tokenizer that kits make themselves; random texts hold it."""
 
 
 class SlotConformance(Conformance, Generic[G]):
@@ -27,10 +32,14 @@ class SlotConformance(Conformance, Generic[G]):
     sampling: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Fields of SamplingConfig to try, beside the plugin's own parameters."""
     vocab_size: ClassVar[int] = 40
-    """Of the model that is tried. Random texts are mostly of its first eight tokens; token 7 ends a sequence."""
+    """Of the model that is tried. Random texts are mostly of its first tokens."""
+    tokenizer: ClassVar[Tokenizer | None] = None
+    """Of the model that is tried; None makes one of ``vocab_size`` tokens that are words of letters."""
     lives: ClassVar[int] = 4
     """How many random lives each check tries."""
 
+    offers: ClassVar[frozenset[str]] = frozenset({"text"})
+    """What a plugin may need, and is given."""
     kind: ClassVar[Kind]
     rig: type[G]
 
@@ -42,11 +51,14 @@ class SlotConformance(Conformance, Generic[G]):
     @classmethod
     def cases(cls) -> list[Case]:
         """The requests to try."""
-        return [cls.subject().case(params, sampling) for params, sampling in product(cls.params, cls.sampling)]
+        subject, ends = cls.subject(), cls.setting().end_ids
+        return [subject.case(params, sampling, ends) for params, sampling in product(cls.params, cls.sampling)]
 
-    def setting(self, device: str = "cpu") -> Setting:
+    @classmethod
+    def setting(cls, device: str = "cpu") -> Setting:
         """What rigs are made for."""
-        return Setting(self.subject(), self.vocab_size, device)
+        tokenizer = cls.tokenizer or letter_tokenizer(cls.vocab_size, END_IDS)
+        return Setting(cls.subject(), cls.vocab_size, tokenizer, device)
 
     def life(self, seed: int, chunk: int = 1, device: str = "cpu") -> Life[G]:
         """A new plugin, whose slots have lived a little."""
@@ -58,7 +70,7 @@ class SlotConformance(Conformance, Generic[G]):
     def skip_unless_it_can_run(self) -> None:
         """What a plugin needs beside tokens and text is not here."""
         capabilities = self.subject().make().capabilities
-        missing = capabilities.needs - {"text"}
+        missing = capabilities.needs - self.offers
         if missing:
             passed_over(f"it needs {', '.join(sorted(missing))}, which this kit cannot give it")
 
@@ -175,11 +187,11 @@ class SlotConformance(Conformance, Generic[G]):
             chunk = 3 if self.speculates() else 1
             life = self.life(100 + seed, chunk)
             events = [life.commit, life.commit, life.fork, life.restart, *([life.rewind] if self.speculates() else [])]
-            for _ in range(12):
-                life.random.choice(events)()
-            self.same(
-                life.rig, life.rig.replayed(), "after commits, forks, rewinds and restarts, it answers differently"
-            )
+            for _ in range(5):
+                for _ in range(3):
+                    life.random.choice(events)()
+                after = "after commits, forks, rewinds and restarts, it answers differently"
+                self.same(life.rig, life.rig.replayed(), after)
 
     # -- the device ----------------------------------------------------------------------------------------------
 
@@ -241,10 +253,14 @@ class SlotConformance(Conformance, Generic[G]):
         for params in self.wrong_params:
             require(self._refuses(params), f"it takes the parameters {dict(params)}")
 
+    def seeded(self, case: Case, seed: int) -> SamplingConfig:
+        """A request whose draws can be repeated."""
+        return case.sampling.replace(random_seed=seed)
+
     def _refuses(self, params: Mapping[str, Any]) -> bool:
         subject = self.subject()
         try:
-            request = subject.request(params, self.sampling[0])
+            request = subject.request(params, self.sampling[0], self.setting().end_ids)
             Life(self.rig(self.setting()), [Case(request, subject.planned(request).params, str(params))])
         except ConfigError:
             return True
@@ -256,7 +272,7 @@ class SlotConformance(Conformance, Generic[G]):
         subject, idle = self.subject(), SamplingConfig(top_k=0, top_p=1.0, end_id=(), max_new_tokens=6)
         if subject.entry.source.distribution == CORE:
             passed_over("it is the core's: the defaults of SamplingConfig say who asks for it")
-        runner = new_runner(subject, self.vocab_size)
+        runner = new_runner(self.setting())
         names = [item.name for item in runner.explain(idle).items]
         require(subject.name not in names, "it joins requests that did not ask for it: see its `consumes`")
         runner.generate([[1, 2]], self.cases()[0].sampling)
@@ -268,15 +284,14 @@ class SlotConformance(Conformance, Generic[G]):
     def test_generation(self) -> None:
         """Whole requests, alone and together with others: the same tokens, and no error."""
         self.skip_unless_it_can_run()
-        subject, cases = self.subject(), self.cases()
-        mine = [case.sampling.replace(random_seed=seed, return_dict=True) for seed, case in enumerate(cases)][:3]
+        mine = [self.seeded(case, seed).replace(return_dict=True) for seed, case in enumerate(self.cases())][:3]
         other = SamplingConfig(top_k=0, top_p=1.0, random_seed=9, end_id=(), max_new_tokens=20, return_dict=True)
         prompts = [[1, 2, 3, 1, 2], [4], [5, 6, 5, 6, 5, 6]][: len(mine)]
-        together = generate(subject, self.vocab_size, [*prompts, [2]], [*mine, other])
-        alone = [generate(subject, self.vocab_size, [p], [s])[0] for p, s in zip(prompts, mine, strict=True)]
+        together = generate(self.setting(), [*prompts, [2]], [*mine, other])
+        alone = [generate(self.setting(), [p], [s])[0] for p, s in zip(prompts, mine, strict=True)]
         for one, both, sampling in zip(alone, together, mine, strict=False):
             require(one == both, f"in a batch, a request gets {both}, and alone {one} ({sampling!r})")
-        (idle,) = generate(subject, self.vocab_size, [[2]], [other])
+        (idle,) = generate(self.setting(), [[2]], [other])
         require(idle == together[-1], "a request that did not ask for it gets other tokens beside one that did")
 
 

@@ -24,9 +24,6 @@ from trtllm_core.plugin.lifecycle import SlotPlugin
 
 T = TypeVar("T")
 
-END_IDS = (7,)
-"""Tokens that end a sequence in all that the kits run."""
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -89,25 +86,27 @@ class Subject:
         """A new object of it, as a session makes one."""
         return self.entry.load()()
 
-    def request(self, params: Mapping[str, Any], sampling: Mapping[str, Any]) -> SamplingConfig:
+    def request(
+        self, params: Mapping[str, Any], sampling: Mapping[str, Any], end_ids: tuple[int, ...] = ()
+    ) -> SamplingConfig:
         """A request that asks for the plugin by name. It samples, unless ``sampling`` or a decoder says otherwise.
 
         Raises:
             ConfigError: ``sampling`` is no SamplingConfig.
         """
         use: Any = {"name": self.name, "params": dict(params)}
-        fields = {"end_id": END_IDS, "max_new_tokens": 24, **sampling}
+        fields = {"end_id": end_ids, "max_new_tokens": 24, **sampling}
         if self.kind is DECODER:
             return SamplingConfig(**{**fields, "decoder": use})
         return SamplingConfig(**{"top_k": 0, "top_p": 1.0, **fields, self.kind.field: (use,)})
 
-    def case(self, params: Mapping[str, Any], sampling: Mapping[str, Any]) -> Case:
+    def case(self, params: Mapping[str, Any], sampling: Mapping[str, Any], end_ids: tuple[int, ...]) -> Case:
         """The request as the core plans it.
 
         Raises:
             ConfigError: the plugin, or the rest of the plan, refuses it.
         """
-        request = self.request(params, sampling)
+        request = self.request(params, sampling, end_ids)
         said = [f"{name}={value!r}" for name, value in {**sampling, **params}.items()]
         return Case(request, self.planned(request).params, ", ".join(said) or "its defaults")
 
@@ -163,12 +162,12 @@ class _Local:
     def __init__(self, kind: Kind, name: str, factory: Any) -> None:
         self.hook_api = f"{kind.name}>=1.0,<2"
         self.__name__ = name
-        setattr(self, kind.hook, hookimpl(_adds(name, factory)))
+        setattr(self, kind.hook, hookimpl(_adds(kind, name, factory)))
 
 
-def _adds(name: str, factory: Any) -> Any:
+def _adds(kind: Kind, name: str, factory: Any) -> Any:
     def register(registrar: Any) -> None:
-        registrar.add(name, factory)
+        registrar.add(name, factory, **({"consumes": ("random_seed",)} if kind is DECODER else {}))
 
     return register
 

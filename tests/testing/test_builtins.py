@@ -1,0 +1,56 @@
+"""The core's own processors, criteria and samplers pass the kits that others are held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trtllm_core.plugin import Plugins
+from trtllm_core.plugin.versions import CORE
+from trtllm_core.testing import (
+    Conformance,
+    DecoderConformance,
+    LogitsProcessorConformance,
+    StoppingCriterionConformance,
+    run_kit,
+)
+
+SAMPLING: dict[str, tuple[dict[str, Any], ...]] = {
+    "embedding_bias": ({"embedding_bias": {5: 1.0, 9: -2.0}},),
+    "temperature": ({"temperature": 0.7}, {"temperature": 1.5}),
+    "penalties": (
+        {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4, "prompt_ignore_length": 2},
+        {"frequency_penalty": -0.3},
+    ),
+    "min_length": ({"min_length": 6},),
+    "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3}),
+    "bad_words": ({"bad_words_list": [[1, 2], [4], [3, 1, 0]]},),
+    "min_p": ({"min_p": 0.1}, {"min_p": 0.6}),
+    "stop_words": ({"stop_words_list": [[1, 2], [3, 3, 1], [8]]},),
+    "stop_strings": ({"stop_strings": ("abc", "ca", "hh")},),
+    "max_tokens": ({"max_new_tokens": 5}, {"max_new_tokens": 2}),
+    "top_k_top_p": ({"top_k": 5, "top_p": 0.9}, {"top_k": 0, "top_p": 0.8}, {"top_k": 0, "top_p": 1.0}),
+}
+"""Fields with which a built-in does something, by its name."""
+PLUGINS = Plugins.load(allow=[])
+KITS = (
+    (LogitsProcessorConformance, PLUGINS.logits_processors),
+    (StoppingCriterionConformance, PLUGINS.stopping_criteria),
+    (DecoderConformance, PLUGINS.decoders),
+)
+BUILT_IN = [(kit, entry.name) for kit, registry in KITS for entry in registry if entry.source.distribution == CORE]
+each = pytest.mark.parametrize(("kit", "name"), BUILT_IN, ids=[name for _, name in BUILT_IN])
+
+
+def examined(kit: type[Conformance], name: str) -> type[Conformance]:
+    """The kit of one built-in."""
+    return type(name, (kit,), {"plugin": name, "sampling": SAMPLING.get(name, ({},))})
+
+
+@each
+def test_a_built_in_conforms(kit: type[Conformance], name: str) -> None:
+    results = run_kit(examined(kit, name))
+    assert [result for result in results if result.status == "failed"] == []
+    acts = [result for result in results if result.check in ("test_it_does_something", "test_it_stops")]
+    assert [result for result in acts if result.status == "skipped"] == [], "give it SAMPLING with which it acts"
