@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from trtllm_core.cli.bench import bench
+from trtllm_core.cli.bench_plugin import bench_plugin
 from trtllm_core.cli.build import build
 from trtllm_core.cli.console import print_error
 from trtllm_core.cli.doctor import doctor
@@ -61,5 +62,5 @@ def _main(
     """LLM inference whose every part is a plugin."""
 
 
-for command in (build, run, bench, plugins, explain, plan, doctor):
+for command in (build, run, bench, plugins, explain, plan, doctor, bench_plugin):
     app.command()(command)

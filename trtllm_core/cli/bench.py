@@ -14,8 +14,8 @@ from trtllm_core.cli.footprint import Footprint
 from trtllm_core.cli.footprint import Job as MemoryJob
 from trtllm_core.cli.footprint import measure as measure_memory
 from trtllm_core.cli.measure import Workload, copy_bandwidth, median, step_bytes, time_engine
+from trtllm_core.cli.options import parse_sizes
 from trtllm_core.cli.peers import Peer, find_checkpoint, load_peer
-from trtllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from trtllm_core.config import BuildConfig
@@ -108,12 +108,7 @@ def _workloads(
     build: BuildConfig, batch: str | None, prompt_len: int | None, new_tokens: int, prefill_len: int | None
 ) -> list[Workload]:
     """The rows. Defaults are lowered to what the engine takes; what was asked for is not."""
-    try:
-        sizes = [min(size, build.max_batch_size) for size in (1, 8)] if batch is None else [*map(int, batch.split(","))]
-    except ValueError:
-        raise ConfigError(f"--batch {batch}: write sizes as 1,8") from None
-    if min(sizes) < 1:
-        raise ConfigError(f"--batch {batch}: sizes are at least 1")
+    sizes = [min(size, build.max_batch_size) for size in (1, 8)] if batch is None else parse_sizes(batch, "--batch")
     room = min(build.max_input_len, build.max_seq_len - new_tokens)
     prompt = prompt_len or max(min(128, room), 1)
     prefill = prefill_len or min(512, build.max_input_len)

@@ -119,13 +119,13 @@ class SamplingOptions:
             "repetition_penalty": self.repetition_penalty,
             "random_seed": self.seed,
             "stop_strings": tuple(self.stop or ()) or None,
-            "logits_processors": tuple(map(_use, self.processor or ())) or None,
-            "stopping_criteria": tuple(map(_use, self.criterion or ())) or None,
-            "decoder": None if self.decoder is None else _use(self.decoder),
+            "logits_processors": tuple(map(parse_use, self.processor or ())) or None,
+            "stopping_criteria": tuple(map(parse_use, self.criterion or ())) or None,
+            "decoder": None if self.decoder is None else parse_use(self.decoder),
         }
         given = {name: value for name, value in options.items() if value is not None}
         for text in self.set_field or ():
-            name, value = _field(text)
+            name, value = parse_field(text)
             if name in given:
                 raise ConfigError(f"{name} is given twice, the second time by --set {text}")
             given[name] = value
@@ -145,14 +145,24 @@ class SamplingOptions:
         return {"top_p": 1.0, **given, "top_k": 0}
 
 
-def _field(text: str) -> tuple[str, Any]:
+def parse_field(text: str) -> tuple[str, Any]:
+    """``FIELD=JSON``.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text}: write it as FIELD=JSON, such as --set min_length=8")
     return name.strip(), _json(value, f"--set {text}", "text needs quotes, as in --set 'stop_strings=[\"END\"]'")
 
 
-def _use(text: str) -> PluginUse:
+def parse_use(text: str) -> PluginUse:
+    """``NAME`` or ``NAME:JSON``.
+
+    Raises:
+        ConfigError: what follows the colon is no JSON object.
+    """
     from trtllm_core.config import PluginUse
 
     name, colon, value = text.partition(":")
@@ -160,6 +170,21 @@ def _use(text: str) -> PluginUse:
     if not isinstance(params, dict):
         raise ConfigError(f'plugin {text}: its parameters must be a JSON object, as in {name}:{{"parameter": 1}}')
     return PluginUse(name=name, params=params)
+
+
+def parse_sizes(text: str, option: str) -> list[int]:
+    """``1,8``: numbers from 1, without repetitions.
+
+    Raises:
+        ConfigError: it is something else; the message names ``option``.
+    """
+    try:
+        sizes = [*map(int, text.split(","))]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: write sizes as 1,8") from None
+    if min(sizes) < 1:
+        raise ConfigError(f"{option} {text}: sizes are at least 1")
+    return list(dict.fromkeys(sizes))
 
 
 def _json(text: str, where: str, hint: str) -> Any:

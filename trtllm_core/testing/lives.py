@@ -36,6 +36,8 @@ class Setting:
     vocab_size: int
     tokenizer: Tokenizer
     device: str = "cpu"
+    slots: int = SLOTS
+    max_seq_len: int = 96
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -68,14 +70,14 @@ class Rig(ABC, Generic[A]):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         text = _token_bytes(setting.tokenizer)
-        self.floor = Floor(SLOTS, setting.vocab_size, self.padding, device=setting.device, text=text)
+        self.floor = Floor(setting.slots, setting.vocab_size, self.padding, setting.max_seq_len, setting.device, text)
         self.plugin = setting.subject.make()
         self.acting: Any = self.wrapped(self.plugin)
         self.acting.setup(self.floor.context)
         self.branches: dict[int, Branch] = {}
         """Live slots, and what happened to each."""
-        self.watch: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """What surrounds each call of the plugin, from now on."""
+        self.watch: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        """What surrounds each call of the plugin, from now on; it is given the method's name."""
 
     @abstractmethod
     def wrapped(self, plugin: Any) -> SlotPlugin:
@@ -91,7 +93,7 @@ class Rig(ABC, Generic[A]):
 
     def call(self, method: Callable[..., R], *args: object) -> R:
         """Call the plugin."""
-        with self.watch():
+        with self.watch(method.__name__):
             result = method(*args)
         if isinstance(self.acting, HostAdapter):
             for error in self.acting.take_failed().values():
@@ -117,7 +119,7 @@ class Rig(ABC, Generic[A]):
         sampling = case.sampling
         ends = self.setting.end_ids
         view = self.floor.begin(slot, branch.prompt, sampling, case.params, ends, branch.seed, branch.number)
-        self.acting.begin(slot, view)
+        self.call(self.acting.begin, slot, view)
         self.branches[slot] = replace(branch, generated=())
 
     def commit(self, new: Mapping[int, Sequence[int]], bystanders: Iterable[int] = ()) -> None:

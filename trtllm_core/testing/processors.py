@@ -30,7 +30,8 @@ class ProcessorRig(Rig[torch.Tensor]):
         super().__init__(setting)
         context = self.floor.context
         generator = torch.Generator().manual_seed(1)
-        self.rows = torch.randn(SLOTS, context.vocab_size_padded, generator=generator).mul_(3).to(context.device)
+        rows = torch.randn(context.slots, context.vocab_size_padded, generator=generator)
+        self.rows = rows.mul_(3).to(context.device)
         """The raw logits of each slot, as a model with a padded vocabulary gives them."""
         self.rows[:, context.vocab_size :] = torch.finfo(torch.float32).min
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,18 +16,18 @@ from trtllm_core.testing.lives import SLOTS, Life, Rig, Setting
 from trtllm_core.testing.slotkit import SlotConformance
 from trtllm_core.testing.subject import DECODER, Case
 
-PROBES = 5
-"""How many rows of logits a sampler is asked about to learn its state."""
-
 
 class SamplerRig(Rig[tuple[int, ...]]):
     """A sampler. Its answer about a slot is the token that it takes from each of some rows of logits."""
+
+    probes: ClassVar[int] = 5
+    """How many rows of logits it is asked about, to learn its state."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         context = self.floor.context
         generator = torch.Generator().manual_seed(1)
-        shape = (PROBES, SLOTS, context.vocab_size_padded)
+        shape = (self.probes, context.slots, context.vocab_size_padded)
         self.rows = torch.randn(shape, generator=generator).mul_(2).to(context.device)
         """Processed logits of each slot: some tokens are forbidden, and so is the padding."""
         self.rows.masked_fill_(torch.rand(shape, generator=generator).to(context.device) < 0.2, -torch.inf)

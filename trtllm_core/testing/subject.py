@@ -55,6 +55,8 @@ STOPPING_CRITERION = Kind(
 )
 DECODER = Kind("decoder", "trtllm_register_decoders", DecoderRegistrar, "decoders", "decoder")
 
+KINDS = {kind.name: kind for kind in (LOGITS_PROCESSOR, STOPPING_CRITERION, DECODER)}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -58,8 +58,8 @@ def no_waiting() -> Iterator[None]:
 
 
 @contextmanager
-def operations(seen: list[Operation]) -> Iterator[None]:
-    """The operations that run inside are added to ``seen``, in order."""
+def operations(seen: list[Operation], method: str = "") -> Iterator[None]:
+    """The operations that run inside are added to ``seen``, in order. ``method`` is what is called there."""
 
     def see(name: str, args: Any) -> None:
         leaves = torch.utils._pytree.tree_leaves(args)
