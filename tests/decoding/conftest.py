@@ -82,7 +82,12 @@ class Floor:
         )
 
     def commit_batch(
-        self, slots: Sequence[int], new: Sequence[Sequence[int]], active: Sequence[bool] | None = None
+        self,
+        slots: Sequence[int],
+        new: Sequence[Sequence[int]],
+        active: Sequence[bool] | None = None,
+        logits: torch.Tensor | None = None,
+        source: Sequence[Sequence[int]] = (),
     ) -> CommitBatch:
         width = max(1, *map(len, new))
         tokens = torch.full((len(slots), width), 10**9)  # undefined: not even a token
@@ -90,7 +95,13 @@ class Floor:
             row[: len(given)] = torch.tensor(list(given), dtype=torch.int64)
         counts = torch.tensor([len(given) for given in new])
         return CommitBatch(
-            self.context, torch.tensor(slots), tokens, counts, torch.tensor(active if active else [True] * len(slots))
+            self.context,
+            torch.tensor(slots),
+            tokens,
+            counts,
+            torch.tensor(active if active else [True] * len(slots)),
+            logits,
+            None if logits is None else torch.tensor(source),
         )
 
 

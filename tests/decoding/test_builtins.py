@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trtllm_core.config import SamplingConfig
 from trtllm_core.decoding import plugin
+from trtllm_core.plugin import HostStoppingCriterion
 from trtllm_core.plugin.registrar import (
     DecoderRegistrar,
     LogitsProcessorRegistrar,
@@ -77,12 +79,20 @@ ASKED = {
     "min_p": 0.05,
     "stop_words_list": [[1, 2, 3], [4, 5]],
     "max_new_tokens": 100,
+    "max_time": 1e9,
     "top_k": 50,
     "top_p": 0.9,
 }
 
 
-DEVICE = [entry for entry in ENTRIES if entry.name != "stop_strings"]
+PARAMS = {"confidence": {"above": 0.9}, "repetition": {"max_size": 3}}
+DEVICE = [entry for entry in ENTRIES if not issubclass(entry.load(), HostStoppingCriterion)]
+
+
+def view_of(entry, floor, slot, prompt, **asked):
+    """A branch begins in ``slot``, with the plugin's own parameters."""
+    view, params = floor.view(slot, prompt, (2,), **asked), entry.load().Params
+    return view if params is None else replace(view, params=params(**PARAMS.get(entry.name, {})))
 
 
 class NoSync(TorchDispatchMode):
@@ -103,12 +113,12 @@ def test_a_step_never_waits_for_the_device(entry, new_floor):
         thing = entry.load()()
         thing.setup(floor.context)
         for slot in range(8):
-            thing.begin(slot, floor.view(slot, range(10), (2,), **{**ASKED, **wish}))
+            thing.begin(slot, view_of(entry, floor, slot, range(10), **{**ASKED, **wish}))
             floor.append(slot, [3])
         draft = np.zeros((8, 3))
         seen = [floor.logits_batch(range(8)), floor.logits_batch([1] * 4, offsets=range(4), draft=draft)]
-        new = floor.commit_batch(range(8), [[7, 8]] * 8)
         logits, a, b = torch.randn(8, 640), torch.tensor([0, 1]), torch.tensor([1, 0])
+        new = floor.commit_batch(range(8), [[7, 8]] * 8, logits=logits, source=[[i, i] for i in range(8)])
         with NoSync():
             for batch in seen:
                 for name in {"apply", "sample"} & set(dir(thing)):
@@ -127,9 +137,10 @@ def test_time_of_a_step(entry, new_floor, capsys):
     thing = entry.load()()
     thing.setup(floor.context)
     for slot in range(8):
-        thing.begin(slot, floor.view(slot, range(1000), (2,), **ASKED))
+        thing.begin(slot, view_of(entry, floor, slot, range(1000), **ASKED))
     source, logits = torch.randn(8, 49152) * 3, torch.empty(8, 49152)
-    seen, new = floor.logits_batch(range(8)), floor.commit_batch(range(8), [[7]] * 8)
+    seen = floor.logits_batch(range(8))
+    new = floor.commit_batch(range(8), [[7]] * 8, logits=source, source=[[i] for i in range(8)])
     calls = {
         name: call
         for name, call in {

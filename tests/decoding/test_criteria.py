@@ -91,3 +91,13 @@ def test_fork_is_simultaneous(make, cycle, new_floor):
     floor.fork(cycle, range(n))
     criterion.fork(torch.tensor(cycle), torch.arange(n))
     assert torch.equal(criterion.check(floor.commit_batch(range(n), [[3, 4, 3]] * n)), before)
+
+
+def test_criteria_say_what_matched(new_floor):
+    _, words = started(new_floor, StopWords, {0: ([1, 2], (), {"stop_words_list": [[3], [2, 3], [4]]})})
+    assert words.matched(0, [1, 2, 3]) == (2, 3), "the longest, prompt included"
+    assert words.matched(0, [1, 2, 3, 4]) == (4,)
+    assert EndId().matched(0, [1, 7]) == 7
+    assert MaxTokens().matched(0, [1, 7]) is None
+    words.end(0)
+    assert words._lists == {}

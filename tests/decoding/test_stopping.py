@@ -141,6 +141,16 @@ def test_logits_are_copied_for_nobody(runner, monkeypatch):
     assert given[1].data_ptr() != loop.branches.pipeline._work.data_ptr()
 
 
+def test_what_matched_is_in_the_result(runner):
+    table = runner.session.engine.table
+    tokens = [int(table[5].argmax())]
+    for _ in range(3):
+        tokens.append(int(table[tokens[-1]].argmax()))
+    wishes = [{"stop_words_list": [tokens[1:3]]}, {"end_id": [0, tokens[2]]}, {}]
+    outputs = runner.generate([[5]] * 3, [CONFIG.replace(**wish) for wish in wishes])["outputs"]
+    assert [output.matched for output in outputs] == [tuple(tokens[1:3]), tokens[2], None]
+
+
 # -- failures of one branch ------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ import torch
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin import BranchView, CommitBatch, Stop
 from trtllm_core.testing.markov import MarkovExecutable
+from trtllm_core.testing.vocabulary import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SAMPLED = SamplingConfig(top_k=0, top_p=1.0, random_seed=7, max_new_tokens=100, end_id=(), return_dict=True)
@@ -113,6 +115,44 @@ def test_trace_prints_what_the_lifecycle_page_shows(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     page = (EXAMPLES.parent / "lifecycle.md").read_text(encoding="utf-8")
     assert f"```text\n{printed}```" in page
+
+
+def test_try_stops(tmp_path: Path) -> None:
+    printed = run("try_stops.py", tmp_path)
+    assert f"```text\n{printed}```" in (EXAMPLES.parent / "stopping.md").read_text(encoding="utf-8")
+
+
+def test_stop_when_follows_rewinds_and_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both criteria say of a text what a plain count says, after any way to it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    stop_when = __import__("stop_when")
+    tokenizer = byte_tokenizer(["{}", "}{", "}}"])
+    runner = ModelRunner.from_engine(MarkovExecutable(tokenizer.vocab_size), tokenizer=tokenizer)
+    context = runner.generation.loop.branches.slots.context
+    host, device = stop_when.BracesClosed(), stop_when.EnoughOf()
+    view = BranchView("0", 0, 2, (1,), SAMPLED, (), 7, stop_when.EnoughOf.Params(token=65, times=2))
+    for plugin in (host, device):
+        plugin.setup(context)
+    device.begin(2, view)
+    brace, close, both, other = ord("{"), ord("}"), 257, 259
+
+    state = host.accept(host.start(view), [brace, brace, close])
+    copied = host.copy(state)
+    assert host.check(state, [], [65, both, other]) == Stop("braces_closed", 2, trim_text=1)
+    state = host.take_back(state, 1)
+    assert host.check(state, [], [close]) is None
+    assert host.check(copied, [], [close]) == Stop("braces_closed", 0)
+
+    context.lengths[2], context.prompt_lengths[2] = 3, 1
+    context.tokens[2, :3] = torch.tensor([65, 66, 65])  # the first is the prompt's
+    device.fork(torch.tensor([2]), torch.tensor([4]))
+    for tensor in (context.lengths, context.prompt_lengths, context.tokens):
+        tensor[4] = tensor[2]
+    context.lengths[2] -= 1  # a rewind
+    tokens = torch.tensor([[66, 65, 65], [65, 65, 65], [65, 65, 65]])
+    active = torch.tensor([True, True, False])
+    batch = CommitBatch(context, torch.tensor([2, 4, 4]), tokens, torch.tensor([3, 1, 3]), active)
+    assert device.check(batch).tolist() == [2, 0, -1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from trtllm_core.config.base import Config
+from trtllm_core.config.patterns import growing_pattern
 
 Tokens = tuple[int, ...]
 Words = tuple[Tokens, ...]
@@ -67,6 +68,10 @@ class SamplingConfig(Config):
         default=(), description="token sequences; a match may begin in the prompt"
     )
     stop_strings: Annotated[tuple[str, ...], BeforeValidator(_strings)] = ()
+    stop_regexes: Annotated[tuple[str, ...], BeforeValidator(_strings)] = Field(
+        default=(), description="patterns of the regex package, searched after each character"
+    )
+    max_time: float | None = Field(default=None, gt=0.0, description="seconds from the start, for all its branches")
     bad_words_list: Annotated[Words, BeforeValidator(_tuples)] = ()
     # choosing
     temperature: float = Field(default=1.0, ge=0.0, description="0 is greedy")
@@ -113,6 +118,11 @@ class SamplingConfig(Config):
                 raise ValueError(f"{name}: each word is a sequence of at least one token id >= 0")
         if "" in self.stop_strings:
             raise ValueError("stop_strings: an empty string would stop at once")
+        for pattern in self.stop_regexes:
+            try:
+                growing_pattern(pattern)
+            except ValueError as error:
+                raise ValueError(f"stop_regexes: {error}") from None
         if self.end_id is not None and any(token < 0 for token in self.end_id):
             raise ValueError("end_id: token ids are >= 0; use an empty tuple to never stop at a token")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,9 @@ class EndId(DeviceStoppingCriterion):
     def check(self, batch: CommitBatch) -> torch.Tensor:
         ends = batch.tokens.unsqueeze(2) == self._end_ids.rows[batch.slot].unsqueeze(1)
         return first_hit(ends.any(dim=2) & accepted(batch))
+
+    def matched(self, slot: int, tokens: Sequence[int]) -> int:
+        return tokens[-1]
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._end_ids.rows)

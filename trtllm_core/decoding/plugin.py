@@ -53,5 +53,9 @@ def trtllm_register_stopping_criteria(registrar: StoppingCriterionRegistrar) -> 
     registrar.add("end_id", f"{_HERE}.criteria:EndId", consumes={"end_id": ()})
     registrar.add("stop_words", f"{_HERE}.stop_words:StopWords", consumes={"stop_words_list": ()})
     registrar.add("stop_strings", f"{_HERE}.stop_strings:StopStrings", consumes={"stop_strings": ()})
+    registrar.add("stop_regexes", f"{_HERE}.stop_regexes:StopRegexes", consumes={"stop_regexes": ()})
+    registrar.add("max_time", f"{_HERE}.time_limit:MaxTime", consumes={"max_time": None})
+    registrar.add("confidence", f"{_HERE}.confidence:Confidence")
+    registrar.add("repetition", f"{_HERE}.repetition:Repetition")
     # There is no number of new tokens at which the limit is not needed.
     registrar.add("max_tokens", f"{_HERE}.criteria:MaxTokens", consumes={"max_new_tokens": None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,12 +30,14 @@ class StopWords(DeviceStoppingCriterion):
 
     def setup(self, context: DecodingContext) -> None:
         self._words = SlotTable(context.slots, context.device, fill=-1, depth=2)
+        self._lists: dict[int, Sequence[tuple[int, ...]]] = {}
 
     @property
     def graph_key(self) -> Hashable:
         return self._words.shape
 
     def begin(self, slot: int, view: BranchView) -> None:
+        self._lists[slot] = view.sampling.stop_words_list
         self._words.write(slot, [word[::-1] for word in view.sampling.stop_words_list])
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
@@ -46,6 +48,13 @@ class StopWords(DeviceStoppingCriterion):
         # -1 pads short words, and whole words where a slot has fewer than the table.
         matches = ((text == words) | (words < 0)).all(dim=3) & (words[..., 0] >= 0)
         return first_hit(matches.any(dim=2) & accepted(batch))
+
+    def matched(self, slot: int, tokens: Sequence[int]) -> tuple[int, ...]:
+        text = tuple(tokens)
+        return max((word for word in self._lists[slot] if text[-len(word) :] == word), key=len)
+
+    def end(self, slot: int) -> None:
+        self._lists.pop(slot, None)
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._words.rows)

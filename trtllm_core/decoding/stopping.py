@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,6 +49,7 @@ class StoppingRules(Stages[Criterion]):
             return criterion
 
         super().__init__(context, wrap)
+        self._history = history
 
     @property
     def wants_logits(self) -> bool:
@@ -82,11 +83,27 @@ class StoppingRules(Stages[Criterion]):
                 if 0 <= at < len(new):
                     plugin = stage.plugin
                     assert isinstance(plugin, DeviceStoppingCriterion)
-                    end.add(Stop(plugin.reason, at, plugin.counted), plugin.scope)
+                    end.add(Stop(plugin.reason, at, plugin.counted), plugin.scope, stage)
         for stage in self.live:
             if isinstance(stage.plugin, HostCriterionAdapter):
                 self._ask_host(stage, stage.plugin, slots, tokens, ends)
+        for number, new, end in zip(slots, tokens, ends, strict=True):
+            self._say_what_matched(number, new, end)
         return Verdict(tokens, [end.stop for end in ends], [end.of_request for end in ends], wrong, scores)
+
+    def _say_what_matched(self, slot: int, new: Sequence[int], end: _Ends) -> None:
+        """A device criterion says on the host what it found, once it has stopped a row."""
+        if end.by is None:
+            return
+        assert end.stop is not None
+        plugin = end.by.plugin
+        if type(plugin).matched is DeviceStoppingCriterion.matched:  # type: ignore[union-attr]
+            return
+        try:
+            text = [*self._history(slot), *new[: end.stop.at + 1]]
+            end.stop = replace(end.stop, matched=end.by.call(plugin.matched, slot, text))  # type: ignore[union-attr]
+        except PluginError as error:
+            self._fail(end.by, error)
 
     def _scores(self, selection: Selection, logits: torch.Tensor | None, source: torch.Tensor | None) -> Scores | None:
         if logits is None or not self.wants_logits:
@@ -174,13 +191,15 @@ class _Ends:
 
     stop: Stop | None = None
     """The one that counts."""
+    by: Stage[Criterion] | None = None
+    """Whose it is, where a device criterion's."""
     whole: int | None = None
     """The first token at which a criterion of scope ``request`` stopped."""
 
-    def add(self, stop: Stop, scope: str) -> None:
+    def add(self, stop: Stop, scope: str, by: Stage[Criterion] | None = None) -> None:
         """A criterion stopped the row."""
         if self.stop is None or _order(stop) < _order(self.stop):
-            self.stop = stop
+            self.stop, self.by = stop, by
         if scope == "request" and (self.whole is None or stop.at < self.whole):
             self.whole = stop.at
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from trtllm_core.plugin.views import BranchView, CommitBatch, FinishReason
 
+Matched = str | int | tuple[int, ...] | None
+"""Text, a token or a token sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stop:
@@ -25,7 +28,7 @@ class Stop:
     """Whether token ``at`` belongs to the text. The end token is written but does not count in the length."""
     trim_text: int = 0
     """Bytes to cut from the end of the text: where a stop string matched, the match and what follows it."""
-    matched: str | int | tuple[int, ...] | None = None
+    matched: Matched = None
     """What matched, for the result."""
 
 
@@ -58,6 +61,11 @@ class DeviceStoppingCriterion(StoppingCriterion):
     def check(self, batch: CommitBatch) -> torch.Tensor:
         """int64 ``[n]``: index, among the row's new tokens, of the last one that stays; -1 goes on. Changes nothing."""
         raise NotImplementedError
+
+    def matched(self, slot: int, tokens: Sequence[int]) -> Matched:
+        """What matched, for the result. Asked on the host once a row has stopped; ``tokens`` is prompt and generated,
+        up to the token that stopped it."""
+        return None
 
 
 class HostStoppingCriterion(StoppingCriterion):
