@@ -74,7 +74,7 @@ def test_explain_json(cli: Callable, tiny_engine: Path) -> None:
     assert plan["asked"] == {"temperature": 0.7, "stop_strings": ["END"]}
     assert plan["consumers"]["stop_strings"] == ["stop_strings"]
     greedy = plan["pipeline"][1]
-    assert greedy["consumes"] == {"temperature": 0.7, "top_k": 1, "top_p": 0.0, "random_seed": None}
+    assert greedy["consumes"] == {"top_k": 1, "top_p": 0.0, "random_seed": None}
     assert greedy["capabilities"] == {"greedy": True, "graph_safe": True, "needs": []}
     assert greedy["source"] == f"trtllm-core {__version__} (decoding)"
     assert len(plan["hash"]) == 64

@@ -36,12 +36,14 @@ class Floor:
             text=text,
         )
 
-    def view(self, slot: int, prompt: Sequence[int], end_ids: tuple[int, ...] = (), **sampling: Any) -> BranchView:
+    def view(
+        self, slot: int, prompt: Sequence[int], end_ids: tuple[int, ...] = (), params: Any = None, **sampling: Any
+    ) -> BranchView:
         """A branch begins in ``slot``."""
         self.histories[slot] = list(prompt)
         self.context.prompt_lengths[slot] = len(prompt)
         self._write(slot)
-        return BranchView("r", 0, slot, tuple(prompt), SamplingConfig(**sampling), end_ids, 0)
+        return BranchView("r", 0, slot, tuple(prompt), SamplingConfig(**sampling), end_ids, 0, params)
 
     def _write(self, slot: int) -> None:
         history = self.histories[slot]

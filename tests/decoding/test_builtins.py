@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trtllm_core.config import SamplingConfig
-from trtllm_core.decoding import plugin
+from trtllm_core.decoding import plugin, ranking
 from trtllm_core.plugin import HostStoppingCriterion
 from trtllm_core.plugin.registrar import (
     DecoderRegistrar,
@@ -59,7 +58,7 @@ def test_a_request_without_wishes_gets_only_what_it_needs():
     chosen = [
         entry.name
         for entry in ENTRIES
-        if any(getattr(sampling, f) != v for f, v in entry.consumes.items() if v is not None)
+        if any(entry.needed(f, getattr(sampling, f)) for f, v in entry.consumes.items() if v is not None)
     ]
     assert chosen == ["min_length", "end_id"]
 
@@ -77,6 +76,11 @@ ASKED = {
     "no_repeat_ngram_size": 3,
     "bad_words_list": [[1, 2, 3], [4]],
     "min_p": 0.05,
+    "typical_p": 0.9,
+    "epsilon_cutoff": 1e-4,
+    "eta_cutoff": 1e-4,
+    "top_p_decay": 0.9,
+    "top_p_reset_ids": 3,
     "stop_words_list": [[1, 2, 3], [4, 5]],
     "max_new_tokens": 100,
     "max_time": 1e9,
@@ -91,8 +95,8 @@ DEVICE = [entry for entry in ENTRIES if not issubclass(entry.load(), HostStoppin
 
 def view_of(entry, floor, slot, prompt, **asked):
     """A branch begins in ``slot``, with the plugin's own parameters."""
-    view, params = floor.view(slot, prompt, (2,), **asked), entry.load().Params
-    return view if params is None else replace(view, params=params(**PARAMS.get(entry.name, {})))
+    params = entry.load().Params
+    return floor.view(slot, prompt, (2,), None if params is None else params(**PARAMS.get(entry.name, {})), **asked)
 
 
 class NoSync(TorchDispatchMode):
@@ -107,7 +111,8 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("entry", DEVICE, ids=lambda entry: entry.name)
-def test_a_step_never_waits_for_the_device(entry, new_floor):
+def test_a_step_never_waits_for_the_device(entry, new_floor, monkeypatch):
+    monkeypatch.setattr(ranking, "_on_host", lambda tensor: False)
     floor = new_floor(slots=8, vocab=600, padded=640)
     for wish in ({"top_k": 0, "top_p": 1.0}, {"top_k": 5}, {"top_k": 0}):
         thing = entry.load()()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trtllm_core.decoding.bans import BadWords, NoRepeatNgram
 from trtllm_core.decoding.penalties import Penalties
-from trtllm_core.decoding.processors import EmbeddingBias, MinLength, MinP, Temperature
+from trtllm_core.decoding.processors import EmbeddingBias, MinLength, Temperature
+from trtllm_core.decoding.truncation import MinP
 from trtllm_core.errors import ConfigError
 
 WORDS = ((4,), (1, 2, 5), (2, 3), (1, 3), (7, 1, 1, 2))

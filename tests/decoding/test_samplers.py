@@ -8,7 +8,7 @@ import torch
 
 from trtllm_core.decoding import samplers
 from trtllm_core.decoding.random import batch_uniform, slot_key
-from trtllm_core.decoding.samplers import Greedy, TopKTopP, largest, log_probs
+from trtllm_core.decoding.samplers import Greedy, Multinomial, TopKTopP, log_probs
 
 CHOICES = [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5), (0, 0.5), (0, 0.9), (4, 1.0), (0, 1.0), (40, 0.95), (5, 0.0)]
 
@@ -48,7 +48,7 @@ def test_rows_with_different_choices_against_the_reference(new_floor, reference,
         logits, batch = torch.from_numpy(x.copy()), floor.logits_batch(rows)
         got = sampler.sample(logits, batch).tolist()
         assert np.array_equal(logits.numpy(), x), "other decoders' rows are in there too"
-        u = batch_uniform(batch, samplers._SALT).tolist()
+        u = batch_uniform(batch, TopKTopP.SALT).tolist()
         for row, slot in enumerate(rows):
             if choices[slot] == (0, 1.0):
                 assert x[row, got[row]] > reference.NEG
@@ -90,6 +90,17 @@ def test_distribution(choice, new_floor, reference, assert_distribution, rng):
     assert_distribution(counts, reference.distribution(x, *choice))
 
 
+def test_multinomial_draws_from_what_is_left(new_floor, assert_distribution, rng):
+    draws, x = 40_000, rng.normal(0, 1.5, 24).astype(np.float32)
+    x[5:9] = -np.inf
+    floor, sampler = new_floor(vocab=24, padded=24), Multinomial()
+    sampler.setup(floor.context)
+    sampler.begin(0, floor.view(0, [1]))
+    batch = floor.logits_batch([0] * draws, offsets=range(draws))
+    counts = np.bincount(sampler.sample(torch.from_numpy(x).repeat(draws, 1), batch).numpy(), minlength=24)
+    assert_distribution(counts, np.exp(x.astype(np.float64)))
+
+
 def test_border_token_gets_only_its_part(reference):
     p = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     assert reference.distribution(p, 0, 0.5)[:2] == pytest.approx([0.8, 0.2], abs=1e-6)
@@ -106,25 +117,17 @@ def test_equal_logits_go_to_the_lowest_id(new_floor):
     assert sampler.sample(logits, batch).tolist() == greedy.sample(logits, batch).tolist() == [0, 300]
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(1000, 1), (1000, 7), (257, 4), (64, 16), (64, 63), (5, 5), (4096, 300)])
-def test_largest_is_a_stable_sort(vocab, k, rng):
-    for spread in (0.0, 0.7, 50.0):  # all equal, many equal, few equal
-        x = torch.from_numpy(np.round(rng.normal(0, spread, (9, vocab))).astype(np.float32))
-        x[rng.random(x.shape) < 0.1] = -torch.inf
-        x[rng.random(x.shape) < 0.1] = -0.0
-        assert torch.equal(largest(x, k), x.sort(dim=1, descending=True, stable=True).indices[:, :k])
-
-
-def test_only_as_much_is_ordered_as_somebody_needs(new_floor):
+def test_only_as_much_is_done_as_somebody_needs(new_floor):
+    """The k largest in order, a search for the nucleus, a walk over all: each only where a live branch wants it."""
     floor, sampler = begun(new_floor, [(5, 0.0)], vocab=1000, padded=1024)
-    assert sampler.graph_key == (8, False)
+    assert sampler.graph_key[:3] == (8, False, False)
     sampler.begin(1, floor.view(1, [1], top_k=0, top_p=1.0))
-    assert sampler.graph_key == (8, True)
+    assert sampler.graph_key[:3] == (8, False, True)
     sampler.begin(2, floor.view(2, [1], top_k=0, top_p=0.9))
-    assert sampler.graph_key == (1024, True)
+    assert sampler.graph_key[:3] == (8, True, True)
     sampler.end(2)
     sampler.end(0)
-    assert sampler.graph_key == (0, True)
+    assert sampler.graph_key[:3] == (0, False, True)
 
 
 @pytest.mark.parametrize("cycle", [(1, 0), (1, 2, 0)])

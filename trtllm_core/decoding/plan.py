@@ -123,7 +123,8 @@ class Planner:
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
         decoder = self._decoder(sampling)
-        chosen = self._chosen("logits_processor", sampling, sampling.logits_processors, processors, LogitsProcessor)
+        uses, own = sampling.logits_processors, decoder.consumes
+        chosen = self._chosen("logits_processor", sampling, uses, processors, LogitsProcessor, own)
         stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
         consumers = _consumers(sampling, [*chosen, decoder, *stops])
         self._check_honoured(sampling, consumers)
@@ -153,8 +154,15 @@ class Planner:
         return self._item("decoder", self.plugins.decoders, use, (Sampler, Decoder))
 
     def _chosen(
-        self, kind: str, sampling: SamplingConfig, uses: Sequence[PluginUse], objects: Sequence[Any], base: type
+        self,
+        kind: str,
+        sampling: SamplingConfig,
+        uses: Sequence[PluginUse],
+        objects: Sequence[Any],
+        base: type,
+        honoured: frozenset[str] = frozenset(),
     ) -> list[PlanItem]:
+        """What the fields bring by themselves (those that are ``honoured`` do not), ``uses`` and ``objects``."""
         registry: Registry[Any] = getattr(
             self.plugins, {"logits_processor": "logits_processors"}.get(kind, "stopping_criteria")
         )
@@ -162,7 +170,8 @@ class Planner:
         automatic = [
             PluginUse(name=entry.name)
             for entry in registry
-            if entry.name not in named and any(getattr(sampling, f) != v for f, v in entry.consumes.items())
+            if entry.name not in named
+            and any(entry.needed(field, getattr(sampling, field)) for field in entry.consumes.keys() - honoured)
         ]
         items = [self._item(kind, registry, use, (base,)) for use in (*automatic, *uses)]
         for number, thing in enumerate(objects):
@@ -193,7 +202,7 @@ class Planner:
         for name in sorted(sampling.asked() - consumers.keys()):
             value = getattr(sampling, name)
             able = [entry for registry in registries for entry in registry if name in entry.consumes]
-            if any(entry.consumes[name] == value for entry in able if entry.consumes[name] is not None):
+            if any(not entry.needed(name, value) for entry in able if entry.consumes[name] is not None):
                 continue  # set to the value that turns its plugin off
             who = f"plugin {listing(entry.name for entry in able)} would" if able else "no installed plugin does"
             ignored.append(f"{name}={value!r} ({who})")

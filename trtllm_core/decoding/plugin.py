@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_core.plugin.markers import hookimpl
+from trtllm_core.plugin.registrar import AnyOf
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.registrar import (
@@ -21,9 +22,16 @@ _HERE = "trtllm_core.decoding"
 @hookimpl
 def trtllm_register_decoders(registrar: DecoderRegistrar) -> None:
     """Register the samplers."""
-    # A greedy choice is the plan's for top_k = 1, for temperature = 0 and for top_k = top_p = 0: it honours all three.
-    registrar.add("greedy", f"{_HERE}.samplers:Greedy", consumes=("top_k", "top_p", "temperature", "random_seed"))
-    registrar.add("top_k_top_p", f"{_HERE}.samplers:TopKTopP", consumes=("top_k", "top_p", "random_seed"))
+    # A greedy choice is the plan's for top_k = 1, for top_k = top_p = 0 and for temperature = 0.
+    registrar.add("greedy", f"{_HERE}.samplers:Greedy", consumes=("top_k", "top_p", "random_seed"))
+    registrar.add(
+        "top_k_top_p",
+        f"{_HERE}.samplers:TopKTopP",
+        consumes=("top_k", "top_p", "top_p_decay", "top_p_min", "top_p_reset_ids", "random_seed"),
+    )
+    # These two draw from what the processors leave: top-k and top-p are theirs then.
+    registrar.add("multinomial", f"{_HERE}.samplers:Multinomial", consumes=("random_seed",))
+    registrar.add("mirostat", f"{_HERE}.mirostat:Mirostat", consumes=("random_seed",))
 
 
 @hookimpl
@@ -44,7 +52,13 @@ def trtllm_register_logits_processors(registrar: LogitsProcessorRegistrar) -> No
     registrar.add("min_length", f"{_HERE}.processors:MinLength", consumes={"min_length": 0})
     registrar.add("no_repeat_ngram", f"{_HERE}.bans:NoRepeatNgram", consumes={"no_repeat_ngram_size": 0})
     registrar.add("bad_words", f"{_HERE}.bans:BadWords", consumes={"bad_words_list": ()})
-    registrar.add("min_p", f"{_HERE}.processors:MinP", consumes={"min_p": 0.0})
+    # 1 is top_k's default: greedy where nobody names a decoder, and not meant where somebody does.
+    registrar.add("top_k", f"{_HERE}.truncation:TopK", consumes={"top_k": AnyOf(0, 1)})
+    registrar.add("top_p", f"{_HERE}.truncation:TopP", consumes={"top_p": AnyOf(0.0, 1.0)})
+    registrar.add("min_p", f"{_HERE}.truncation:MinP", consumes={"min_p": 0.0})
+    registrar.add("typical_p", f"{_HERE}.truncation:TypicalP", consumes={"typical_p": 1.0})
+    registrar.add("epsilon_cutoff", f"{_HERE}.truncation:EpsilonCutoff", consumes={"epsilon_cutoff": 0.0})
+    registrar.add("eta_cutoff", f"{_HERE}.truncation:EtaCutoff", consumes={"eta_cutoff": 0.0})
 
 
 @hookimpl

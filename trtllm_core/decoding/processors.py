@@ -1,8 +1,7 @@
-"""Logits processors that look at no text: a bias on chosen tokens, temperature, min-p, and a minimum length."""
+"""Logits processors that look at no text: a bias on chosen tokens, temperature, and a minimum length."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -55,7 +54,7 @@ class EmbeddingBias(DeviceLogitsProcessor):
 class Temperature(DeviceLogitsProcessor):
     """``x · 1 / (temperature + 1e-6)``, the classic runtime's formula.
 
-    A temperature of 0 means a greedy choice, which is the plan's to make: here it only scales by a million.
+    A temperature of 0 means a greedy choice, which is the plan's to make: here it is 1, as in the classic runtime.
     """
 
     phase = Phase.TEMPERATURE
@@ -67,39 +66,14 @@ class Temperature(DeviceLogitsProcessor):
         self._scale = torch.ones(context.slots, device=context.device)
 
     def begin(self, slot: int, view: BranchView) -> None:
-        self._scale[slot] = 1.0 / (view.sampling.temperature + 1e-6)
+        temperature = view.sampling.temperature or 1.0
+        self._scale[slot] = 1.0 / (temperature + 1e-6)
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         logits.mul_(per_row(self._scale, batch, neutral=1.0))
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._scale)
-
-
-class MinP(DeviceLogitsProcessor):
-    """Drops the tokens whose probability is below ``min_p`` times that of the likeliest one.
-
-    ``p_i < min_p · p_max`` is ``x_i < x_max + ln(min_p)``: no softmax is needed.
-    """
-
-    phase = Phase.TRUNCATION
-    capabilities = LogitsCapabilities(argmax_invariant=True, speculation="per_position", graph_safe=True)
-
-    _log_min_p: torch.Tensor
-
-    def setup(self, context: DecodingContext) -> None:
-        self._log_min_p = torch.full((context.slots,), -math.inf, device=context.device)
-
-    def begin(self, slot: int, view: BranchView) -> None:
-        min_p = view.sampling.min_p
-        self._log_min_p[slot] = math.log(min_p) if min_p > 0 else -math.inf
-
-    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
-        least = logits.amax(dim=1, keepdim=True) + per_row(self._log_min_p, batch, neutral=-math.inf)
-        logits.masked_fill_(logits < least, -math.inf)
-
-    def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        copy_slots(src, dst, self._log_min_p)
 
 
 class MinLength(DeviceLogitsProcessor):

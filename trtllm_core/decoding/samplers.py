@@ -1,22 +1,21 @@
-"""The built-in samplers: the largest logit, and the classic runtime's top-k and top-p."""
+"""The built-in samplers: the largest logit, the whole distribution, and the classic runtime's top-k and top-p."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from trtllm_core.decoding.random import batch_uniform, draw_salt
+from trtllm_core.decoding.ranking import crossing, largest, masses, part, reaches
 from trtllm_core.decoding.state import copy_slots
+from trtllm_core.decoding.top_p_decay import TopPDecay
 from trtllm_core.plugin.decoder import DecoderCapabilities, Sampler
 
 if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
     from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
-
-_SALT = draw_salt("top_k_top_p")
 
 
 def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -41,20 +40,41 @@ class Greedy(Sampler):
         return logits.argmax(dim=1)
 
 
+class Multinomial(Sampler):
+    """One token of the softmax over all logits, whatever the processors have left of them."""
+
+    capabilities = DecoderCapabilities(graph_safe=True)
+
+    SALT = draw_salt("multinomial")
+
+    def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        return draw(masses(logits), batch_uniform(batch, self.SALT).unsqueeze(1)).squeeze(1)
+
+
+def draw(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Walk tokens by id until ``share`` (float32 ``[n, 1]`` in (0, 1]) of all ``weights`` (int64 ``[n, vocab]``) is
+    reached: int64 ``[n, 1]``. With a uniform share, a token's probability is its part of the weights."""
+    sums = weights.cumsum(dim=1)
+    return reaches(sums, part(share, sums[:, -1:]))
+
+
 class _Choice(NamedTuple):
     """What a request asks for, in the terms of ``TopKTopP``."""
 
     k: int
     """0: the whole vocabulary."""
     p: float
+    nucleus: bool
+    """Whether p is of the whole vocabulary, and below 1 or going to be."""
 
     @classmethod
     def of(cls, sampling: SamplingConfig, vocab_size: int) -> _Choice:
         """The classic meaning of 0: neither is greedy, and k alone keeps all of the k."""
-        k, p = sampling.top_k, sampling.top_p
-        if k == 0:
-            return cls(0, p) if p > 0 else cls(1, 1.0)
-        return cls(min(k, vocab_size), p if p > 0 else 1.0)
+        k, p = min(sampling.top_k, vocab_size), sampling.top_p
+        if k == 0 and p == 0:
+            k = 1
+        p = p or 1.0
+        return cls(k, p, k == 0 and (p < 1 or TopPDecay.falls(sampling)))
 
 
 class TopKTopP(Sampler):
@@ -63,121 +83,79 @@ class TopKTopP(Sampler):
     The k largest logits (k = 0: all) are ordered, equals by token id. With ``e_i = exp(x_i − x_max)`` and ``S`` their
     sum over the k, ``r = u·p·S`` is drawn and the first token taken at which the running sum reaches it. So the nucleus
     is measured on the renormalised top k, and the token at its border gets only that part of its mass which is inside.
+    ``top_p_decay`` and its companions change p as the text grows.
 
-    Ordering is the dear part, so each request's choice decides how much of it is done: with k > 0 only the largest k
-    are ordered; p = 1 over the whole vocabulary needs no order and walks it by token id; only p < 1 over the whole
-    vocabulary sorts it. A request's token is the same whatever the others in its batch ask for.
+    The vocabulary is never sorted. With k > 0 the largest k are ordered; p < 1 over the whole vocabulary is a search
+    for the token at which the sum reaches r; p = 1 needs no order and walks by token id. What some live branch needs is
+    done for all rows, and a row's token is the same whatever the others in its batch ask for.
     """
 
     capabilities = DecoderCapabilities(graph_safe=True)
 
+    SALT = draw_salt("top_k_top_p")
+
     _k: torch.Tensor
     _p: torch.Tensor
-    _unordered: torch.Tensor
+    _nucleus: torch.Tensor
+    _decay: TopPDecay
 
     def setup(self, context: DecodingContext) -> None:
         self._vocab_size = context.vocab_size_padded
         self._k = torch.ones(context.slots, dtype=torch.int64, device=context.device)
         self._p = torch.ones(context.slots, device=context.device)
-        self._unordered = torch.zeros(context.slots, dtype=torch.bool, device=context.device)
+        self._nucleus = torch.zeros(context.slots, dtype=torch.bool, device=context.device)
+        self._decay = TopPDecay(context)
         self._live: dict[int, _Choice] = {}
-        self._width, self._any_unordered = 1, False
+        self._plan()
 
     @property
     def graph_key(self) -> Hashable:
-        return self._width, self._any_unordered
+        return self._width, self._searches, self._walks, self._decay.key
 
     def begin(self, slot: int, view: BranchView) -> None:
         choice = _Choice.of(view.sampling, self._vocab_size)
-        self._k[slot] = choice.k or self._vocab_size
-        self._p[slot] = choice.p
-        self._unordered[slot] = choice == (0, 1.0)
+        self._k[slot], self._p[slot], self._nucleus[slot] = choice
+        self._decay.begin(slot, view.sampling)
         self._live[slot] = choice
         self._plan()
 
     def end(self, slot: int) -> None:
         self._live.pop(slot, None)
+        self._decay.end(slot)
         self._plan()
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        copy_slots(src, dst, self._k, self._p, self._unordered)
+        copy_slots(src, dst, self._k, self._p, self._nucleus)
+        self._decay.fork(src, dst)
 
     def _plan(self) -> None:
-        """How many of the largest logits must be ordered for the live branches; 0 is none."""
+        """What the live branches need: the ``width`` largest logits in order (0: none), a search, a walk by id."""
         choices = set(self._live.values())
-        self._any_unordered = (0, 1.0) in choices
-        ordered = [choice.k or self._vocab_size for choice in choices if choice != (0, 1.0)]
+        most = max((choice.k for choice in choices), default=0)
         # Powers of two, so that there are few graphs to capture.
-        self._width = min(1 << (max(ordered) - 1).bit_length(), self._vocab_size) if ordered else 0
+        self._width = min(1 << (most - 1).bit_length(), self._vocab_size) if most else 0
+        self._searches = any(choice.nucleus for choice in choices)
+        self._walks = any(choice.k == 0 and not choice.nucleus for choice in choices)
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
-        u = batch_uniform(batch, _SALT).unsqueeze(1)
-        if not self._width:
-            return _walk(logits.softmax(dim=1), u).squeeze(1)
-        ids = self._largest(logits)
-        values = logits.gather(1, ids)
-        k = self._k[batch.slot].unsqueeze(1).clamp(max=self._width)
-        place = _walk((values - values[:, :1]).exp_(), u * self._p[batch.slot].unsqueeze(1), k)
-        tokens = ids.gather(1, place)
-        if self._any_unordered:
-            everywhere = _walk(logits.softmax(dim=1), u)
-            tokens = torch.where(self._unordered[batch.slot].unsqueeze(1), everywhere, tokens)
+        u = batch_uniform(batch, self.SALT).unsqueeze(1)
+        share = u * self._decay.apply(self._p[batch.slot], batch).unsqueeze(1)
+        k = self._k[batch.slot].unsqueeze(1)
+        tokens = torch.zeros_like(k)
+        if self._searches or self._walks:
+            weights = masses(logits)
+            sums = weights.cumsum(dim=1)
+            target = part(share, sums[:, -1:])
+            if self._walks:
+                tokens = reaches(sums, target)
+            if self._searches:
+                nucleus = self._nucleus[batch.slot].unsqueeze(1)
+                # A row that does not search is done at its first token.
+                found = crossing(logits, weights, torch.where(nucleus, target, 1))
+                tokens = torch.where(nucleus, found, tokens)
+        if self._width:
+            ids = largest(logits, self._width)
+            sums = masses(logits.gather(1, ids)).cumsum(dim=1)
+            total = sums.gather(1, k.clamp(1, self._width) - 1)
+            tokens = torch.where(k > 0, ids.gather(1, reaches(sums, part(share, total))), tokens)
         return tokens.squeeze(1)
-
-    def _largest(self, logits: torch.Tensor) -> torch.Tensor:
-        """Ids of the ``width`` largest logits, int64 ``[n, width]``, in order; equals by id."""
-        if self._width == self._vocab_size:
-            return logits.sort(dim=1, descending=True, stable=True).indices
-        return largest(logits, self._width)
-
-
-def largest(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The ``k`` largest logits of each row, in order; equals by id, about which ``torch.topk`` promises nothing.
-
-    The k largest are in the k runs of neighbours that have the largest maxima, equals by place: a token of any other
-    run has k others before it. So one cheap pass over the vocabulary leaves few candidates.
-
-    Args:
-        logits: float32 ``[n, vocab]``.
-        k: at most ``vocab``.
-
-    Returns:
-        int64 ``[n, k]``: their ids.
-    """
-    vocab = logits.shape[1]
-    ids = torch.arange(vocab, device=logits.device).expand_as(logits)
-    if vocab >= 4 * k:
-        run = 1 << math.isqrt(vocab // k).bit_length()  # makes runs and candidates about equally many
-        whole = vocab // run * run
-        maxima = logits[:, :whole].view(len(logits), -1, run).amax(dim=2)
-        runs = ids.gather(1, _ordered(maxima, ids[:, : maxima.shape[1]]).topk(k, dim=1).indices)
-        candidates = (runs.unsqueeze(2) * run + ids[0, :run]).flatten(1)
-        ids = torch.cat([candidates, ids[:, whole:]], dim=1)
-        logits = logits.gather(1, ids)
-    return ids.gather(1, _ordered(logits, ids).topk(k, dim=1).indices)
-
-
-def _ordered(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 keys that sort as ``values`` (float32) do, and where those are equal, from high to low ``ids``."""
-    bits = values.contiguous().view(torch.int32)
-    # A float's sign and magnitude as two's complement sorts as the float; -0.0 becomes 0.
-    bits = torch.where(bits < 0, -(2**31) - bits, bits)
-    return (bits.long() << 32) - ids
-
-
-def _walk(masses: torch.Tensor, share: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
-    """Where the running sum of ``masses`` first reaches ``share`` of the sum of the first ``count`` (None: all).
-
-    Args:
-        masses: float32 ``[n, m]``, >= 0.
-        share: float32 ``[n, 1]`` in (0, 1].
-        count: int64 ``[n, 1]``, 1..m.
-
-    Returns:
-        int64 ``[n, 1]``, below ``count``.
-    """
-    sums = masses.cumsum(dim=1)
-    last = masses.shape[1] - 1 if count is None else count - 1
-    total = sums[:, -1:] if count is None else sums.gather(1, count - 1)
-    place: torch.Tensor = torch.searchsorted(sums, share * total)
-    return place.clamp(max=last)

@@ -68,6 +68,7 @@ from trtllm_core.plugin.manager import Plugins
 from trtllm_core.plugin.markers import HOOK_VERSIONS, PROJECT, hookimpl
 from trtllm_core.plugin.observer import RequestStats, SessionStats, StepStats
 from trtllm_core.plugin.registrar import (
+    AnyOf,
     BackendRegistrar,
     DecoderRegistrar,
     Entry,
@@ -102,6 +103,7 @@ __all__ = [
     "HOOK_VERSIONS",
     "PROJECT",
     "Admission",
+    "AnyOf",
     "Availability",
     "Backend",
     "BackendRegistrar",

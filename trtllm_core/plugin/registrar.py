@@ -44,6 +44,16 @@ class Source:
         return f"{self.distribution} {self.version} ({self.plugin})"
 
 
+class AnyOf:
+    """Several values of a field at which a plugin is not needed: ``consumes={"top_p": AnyOf(0.0, 1.0)}``."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __repr__(self) -> str:
+        return f"AnyOf({', '.join(map(repr, self.values))})"
+
+
 @dataclass(frozen=True, slots=True)
 class Entry(Generic[T]):
     """One registered thing, with where it came from."""
@@ -52,8 +62,13 @@ class Entry(Generic[T]):
     factory: Factory[T]
     source: Source
     consumes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of SamplingConfig that it honours, each with the value at which it is not needed."""
+    """Fields of SamplingConfig that it honours, each with the value, or ``AnyOf`` some, at which it is not needed."""
     aliases: tuple[str, ...] = ()
+
+    def needed(self, name: str, value: Any) -> bool:
+        """Whether ``value`` of the field ``name``, which it honours, is one that needs it."""
+        off = self.consumes[name]
+        return value not in off.values if isinstance(off, AnyOf) else value != off
 
     def load(self) -> Callable[..., T]:
         """The factory itself.
@@ -192,8 +207,8 @@ class LogitsProcessorRegistrar(Registrar[LogitsProcessor]):
     ) -> None:
         """Register a processor.
 
-        ``consumes`` maps SamplingConfig fields to the value at which the processor does nothing: a request with
-        another value gets it by itself, without naming it.
+        ``consumes`` maps SamplingConfig fields to the value at which the processor does nothing, or ``AnyOf`` several:
+        a request with another value gets it by itself, without naming it, unless its decoder honours the field.
         """
         self._add(name, factory, replace, consumes=dict(consumes or {}))
 
