@@ -1,13 +1,15 @@
-"""A Markov engine, and its greedy choices made by hand."""
+"""A Markov engine, and its greedy choices made by hand; and a tiny engine on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
-from trtllm_core import BuildConfig, ModelRunner
+from trtllm_core import BuildConfig, ModelRunner, build_engine
+from trtllm_core.testing.checkpoints import write_byte_tokenizer, write_llama
 from trtllm_core.testing.markov import MarkovExecutable
 
 
@@ -33,8 +35,19 @@ def by_hand() -> Callable[..., list[int]]:
     def generate(runner: ModelRunner, prompt: Sequence[int], process: Process, n: int = 12) -> list[int]:
         tokens = list(prompt)
         for _ in range(n):
-            logits = process(list(tokens), runner.session.engine.table[tokens[-1]].clone())
+            logits = process(list(tokens), runner.generation.session.engine.table[tokens[-1]].clone())
             tokens.append(int(logits.argmax()))
         return tokens[len(prompt) :]
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny LLaMA, ``checkpoint``, whose tokens are bytes, and its engine, ``engine``."""
+    directory = tmp_path_factory.mktemp("compat")
+    checkpoint = write_llama(directory / "checkpoint", vocab_size=256)
+    write_byte_tokenizer(checkpoint)
+    build = BuildConfig(max_batch_size=4, max_seq_len=128, max_input_len=96, tokens_per_block=16)
+    build_engine(str(checkpoint), directory / "engine", build)
+    return directory

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trtllm_core.compat.aliasing import install, uninstall
+
 if TYPE_CHECKING:
     from trtllm_core.compat.classic import (
         ClassicLogitsProcessor,
@@ -35,6 +37,8 @@ __all__ = [
     "VLLMBatchProcessor",
     "VLLMRequestProcessor",
     "classic_plugins",
+    "install",
+    "uninstall",
 ]
 
 

@@ -74,3 +74,21 @@ def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not c["tie_word_embeddings"]:
         out["lm_head.weight"] = (c["vocab_size"], hidden)
     return out
+
+
+def write_byte_tokenizer(directory: Path, vocab_size: int = 256) -> None:
+    """A tokenizer of single bytes for a checkpoint: two bytes that UTF-8 never has give their ids to ``<s>`` (254) and
+    ``</s>`` (255). transformers reads it too."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: vocab_size - 2]
+    vocab = {character: number for number, character in enumerate(alphabet)}
+    specials = {"<s>": vocab_size - 2, "</s>": vocab_size - 1}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={**vocab, **specials}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
