@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from trtllm_core.cli.bench import bench
 from trtllm_core.cli.bench_plugin import bench_plugin
 from trtllm_core.cli.build import build
+from trtllm_core.cli.conform import conform
 from trtllm_core.cli.console import print_error
 from trtllm_core.cli.doctor import doctor
 from trtllm_core.cli.explain import explain
@@ -62,5 +63,5 @@ def _main(
     """LLM inference whose every part is a plugin."""
 
 
-for command in (build, run, bench, plugins, explain, plan, doctor, bench_plugin):
+for command in (build, run, bench, plugins, explain, plan, doctor, conform, bench_plugin):
     app.command()(command)

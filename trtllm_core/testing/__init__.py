@@ -9,27 +9,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trtllm_core.testing.backends import BackendConformance
     from trtllm_core.testing.criteria import StoppingCriterionConformance
     from trtllm_core.testing.family import ModelFamilyConformance
     from trtllm_core.testing.kit import Conformance, Result, run_kit
+    from trtllm_core.testing.observers import ObserverConformance
     from trtllm_core.testing.processors import LogitsProcessorConformance
     from trtllm_core.testing.samplers import DecoderConformance
 
 _HOME_OF = {
+    "BackendConformance": "trtllm_core.testing.backends",
     "Conformance": "trtllm_core.testing.kit",
     "DecoderConformance": "trtllm_core.testing.samplers",
     "LogitsProcessorConformance": "trtllm_core.testing.processors",
     "ModelFamilyConformance": "trtllm_core.testing.family",
+    "ObserverConformance": "trtllm_core.testing.observers",
     "Result": "trtllm_core.testing.kit",
     "StoppingCriterionConformance": "trtllm_core.testing.criteria",
     "run_kit": "trtllm_core.testing.kit",
 }
 
 __all__ = [
+    "BackendConformance",
     "Conformance",
     "DecoderConformance",
     "LogitsProcessorConformance",
     "ModelFamilyConformance",
+    "ObserverConformance",
     "Result",
     "StoppingCriterionConformance",
     "run_kit",

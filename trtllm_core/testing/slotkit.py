@@ -42,11 +42,14 @@ class SlotConformance(Conformance, Generic[G]):
     """What a plugin may need, and is given."""
     kind: ClassVar[Kind]
     rig: type[G]
+    _subject: ClassVar[Subject]
 
     @classmethod
     def subject(cls) -> Subject:
-        """What is examined."""
-        return resolve(cls.kind, cls.given(), cls.name)
+        """What is examined, found once for each kit."""
+        if "_subject" not in vars(cls):
+            cls._subject = resolve(cls.kind, cls.given(), cls.name)
+        return cls._subject
 
     @classmethod
     def cases(cls) -> list[Case]:

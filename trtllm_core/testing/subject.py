@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,7 +122,6 @@ class Subject:
         return next(item for item in plan.items if item.name == self.name)
 
 
-@functools.lru_cache(maxsize=64)
 def resolve(kind: Kind, plugin: object, name: str | None) -> Subject:
     """Find what is meant.
 
