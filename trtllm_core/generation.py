@@ -89,7 +89,7 @@ class GenerationSession(EngineProperties):
         branches = BranchTable(
             self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
         )
-        cache = make_cache(self.kv_config, self.session.engine, self.plugins)
+        cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self._batch = StaticBatch(self.loop)
         self._shape: tuple[int, int, int] | None = None

@@ -84,9 +84,13 @@ class StepLoop:
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """A branch is over: its slot and its blocks are free at once."""
+        """A branch is over: its slot and its blocks are free at once. What ended well is left for others to reuse."""
+        keep = self.branches.live[slot].finish_reason not in ("plugin_error", "cancelled")
+        over = np.array([max(self.cache.cached[slot] - self.branches.slots.lengths[slot], 0)])
+        if keep and over.any():  # drafts behind a stop: what is kept must be the text
+            self.cache.rewind(np.array([slot]), over)
         self.branches.release(slot)
-        self.cache.release(np.array([slot]))
+        self.cache.release(np.array([slot]), keep)
 
     def _rows(self, slots: Sequence[int], counts: Sequence[int]) -> Rows:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)

@@ -29,6 +29,8 @@ class GenerationOutput:
     error: Exception | None = None
     matched: Any = None
     """The stop string or word that ended it, where one did."""
+    cached_prompt_tokens: int = 0
+    """Tokens of the prompt that were in the KV cache already: computing began after them."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
     """Host seconds that each of its plugins took for it. A call for several requests is shared equally by those that
     use the plugin then."""
@@ -47,6 +49,7 @@ def output_of(branch: Branch) -> GenerationOutput:
         log_probs=tuple(branch.log_probs),
         error=branch.error,
         matched=None if branch.stop is None else branch.stop.matched,
+        cached_prompt_tokens=branch.cached_prompt,
         plugin_seconds=branch.plugin_seconds,
     )
 

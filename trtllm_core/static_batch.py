@@ -61,7 +61,8 @@ class StaticBatch:
                 request.sampling, request.processors, request.criteria, processors.values()
             )
             processors |= {item.key: item for item in plan.processors}
-            self._loop.cache.check(len(request.prompt), request.sampling.max_new_tokens)
+            sampling = request.sampling
+            self._loop.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority)
             draws = not plan.decoder.plugin.capabilities.greedy  # type: ignore[attr-defined]
             if ranks > 1 and draws and request.sampling.random_seed is None:
                 raise ConfigError(
@@ -118,5 +119,6 @@ class StaticBatch:
                 len(branch.generated),
                 branch.finish_reason or "",
                 branch.plugin_seconds,
+                branch.cached_prompt,
             )
         )

@@ -15,7 +15,7 @@ import torch
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.errors import ConfigError
-from trtllm_core.plugin import BranchView, CommitBatch, Stop
+from trtllm_core.plugin import BranchView, CachedBlock, CommitBatch, Stop
 from trtllm_core.testing.markov import MarkovExecutable
 from trtllm_core.testing.vocabulary import byte_tokenizer
 
@@ -163,3 +163,12 @@ def test_quickstart(tmp_path: Path, smollm2_gguf: Path) -> None:
     first, rest = printed.split("['length']\n")
     assert "Paris" in first
     assert rest.strip(), "the stream printed text"
+
+
+def test_once_first(capsys: pytest.CaptureFixture[str]) -> None:
+    module = runpy.run_path(str(EXAMPLES / "once_first.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["0 of 22 prompt tokens were in the cache", "20 of 23 prompt tokens were in the cache"]
+    key = module["OnceFirst"]().key
+    once, found = CachedBlock(1, 0, last_used=9), CachedBlock(1, 0, last_used=3, uses=1)
+    assert key(once) < key(found)

@@ -24,7 +24,7 @@ from trtllm_core.testing.markov import MarkovExecutable
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-PAGES = ("README.md", "docs/lifecycle.md", "docs/numbers.md", "docs/stopping.md")
+PAGES = ("README.md", "docs/lifecycle.md", "docs/kv-cache.md", "docs/numbers.md", "docs/stopping.md")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)]+)\)")
 
 

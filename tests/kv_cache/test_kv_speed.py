@@ -5,36 +5,55 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 
-from trtllm_core.kv_cache import PagedPolicy
+from trtllm_core.kv_cache import PagedPolicy, PrefixPolicy
 from trtllm_core.plugin.kv_policy import KVBudget, KVModel
 
 SLOTS = 256
 
 
-def test_256_slots() -> None:
-    policy = PagedPolicy()
+@pytest.mark.parametrize("policy", [PagedPolicy(), PrefixPolicy()], ids=["paged", "prefix"])
+def test_256_slots(policy: PagedPolicy) -> None:
     policy.plan(KVModel(32, 8, 128, "bfloat16", 131072), KVBudget(SLOTS, 2048, 64, SLOTS * 2048))
     slots, ones = np.arange(SLOTS), np.ones(SLOTS, np.int64)
-    for slot in range(SLOTS):
+    known = "tokens" in policy.needs
+
+    def commit(slots: Any, tokens: Any) -> None:
+        policy.commit(slots, [len(new) for new in tokens], *([tokens] if known else []))
+
+    def admit(slot: int) -> None:
         # The slots end at different places in their blocks, so that each step a few of them need a new one.
-        policy.admit(slot, range(512 + slot % 64), 1400)
-        policy.extend([slot], [512 + slot % 64])
-        policy.commit([slot], [512 + slot % 64])
+        prompt = [slot // 4] * 448 + [slot] * (64 + slot % 64)
+        admission = policy.admit(slot, prompt, 1400)
+        assert admission is not None
+        rest = prompt[admission.hit_length :]
+        policy.extend([slot], [len(rest)])
+        commit([slot], [rest])
+
+    for slot in range(SLOTS):
+        admit(slot)
 
     def step() -> None:
         policy.extend(slots, ones)  # type: ignore[arg-type]
-        policy.commit(slots, ones)  # type: ignore[arg-type]
+        commit(slots, [[7]] * SLOTS)
 
     def beam_step() -> None:
         policy.fork(slots // 4 * 4, slots)  # type: ignore[arg-type]
         step()
 
+    def again() -> None:
+        policy.release([5], keep=True)
+        admit(5)
+
+    print(f"\n{type(policy).__name__}")
     report("extend + commit", step, 256)
     report("fork 0←1, 1←0", lambda: policy.fork(slots ^ 1, slots), 64)  # type: ignore[arg-type]
     report("fork onto 4 beams, extend with copies, commit", beam_step, 64)
+    report("release and admit of one", again, 64)
     report("check_integrity", policy.check_integrity, 4)
 
 

@@ -1,7 +1,6 @@
-"""Random use of the policies against a backend of NumPy: every slot must read back exactly what it wrote.
+"""Random use of the policies against a cache on paper: every slot must read back exactly its own text.
 
-The pool holds, for each entry, the tokens' (writer, position, value); the policy's edits are applied to it as a
-backend would. Planted bugs at the end show that the check can fail, with ``check_integrity`` and without.
+Planted bugs at the end show that the check can fail, with ``check_integrity`` and without.
 ``KV_EXAMPLES`` in the environment is the number of random runs of each case.
 """
 
@@ -18,87 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from trtllm_core.errors import CapacityError, ConfigError
-from trtllm_core.kv_cache import ContiguousPolicy, PagedOptions, PagedPolicy
-from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVModel, KVPlan, KVPolicy
+from trtllm_core.kv_cache import ContiguousPolicy, PagedOptions, PagedPolicy, PrefixOptions, PrefixPolicy
+from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVPolicy
+from trtllm_core.testing.papercache import PaperCache
 
-MODEL = KVModel(num_layers=2, num_kv_heads=1, head_size=4, dtype="float32", bytes_per_token=64)
 SLOTS, LONGEST = 6, 22
-
-Token = tuple[int, int, int]
-
-
-class Backend:
-    """A pool of entries that does what edits say, and a text for each slot: what it should read back."""
-
-    def __init__(self, policy: KVPolicy, tokens_per_block: int, max_tokens: int) -> None:
-        self.policy = policy
-        self.plan: KVPlan = policy.plan(MODEL, KVBudget(SLOTS, LONGEST, tokens_per_block, max_tokens))
-        self.cache = np.full((self.plan.num_blocks, tokens_per_block, 3), -1)
-        self.texts: dict[int, list[Token]] = {}
-        self.worst: dict[int, int] = {}
-        self.pending = Edits()
-        self.writes = 0
-
-    def write(self, slots: list[int], counts: list[int], kept: list[int]) -> None:
-        """Extend, write ``counts`` tokens, commit the first ``kept`` of them."""
-        placement = self.policy.extend(slots, counts)
-        assert (placement.room >= counts).all()
-        self.pending += placement.edits
-        self.cache, self.pending = self.edited(), Edits()
-        for slot, row, count, keep in zip(slots, placement.tables, counts, kept, strict=True):
-            start = len(self.texts[slot])
-            tokens = [self.put(row, slot, start + i) for i in range(count)]
-            self.texts[slot] += tokens[:keep]
-        self.policy.commit(slots, kept)
-
-    def put(self, row: np.ndarray, slot: int, position: int) -> Token:
-        self.writes += 1
-        token = (slot, position, self.writes)
-        entry = self.plan.cache_index(position)
-        block = row[entry // self.plan.tokens_per_block]
-        assert block >= 0, "the room has no block"
-        self.cache[block, entry % self.plan.tokens_per_block] = token
-        return token
-
-    def edited(self) -> np.ndarray:
-        """The cache after the pending edits: all sources are read before a destination is written."""
-        cache = self.cache.copy()
-        if self.pending.copies:
-            source, target = zip(*self.pending.copies, strict=True)
-            assert len(set(target)) == len(target)
-            cache[list(target)] = self.cache[list(source)]
-        return cache
-
-    def check(self) -> None:
-        """Every slot reads back what its text says, as far as a ring keeps it."""
-        cache, plan = self.edited(), self.plan
-        for slot, text in self.texts.items():
-            assert self.policy.length(slot) == len(text)
-            (row,) = self.policy.tables([slot])
-            for position, token in enumerate(text):
-                gone = plan.window is not None and plan.sink <= position < len(text) - (plan.window - plan.sink)
-                if not gone:
-                    entry = plan.cache_index(position)
-                    found = tuple(cache[row[entry // plan.tokens_per_block], entry % plan.tokens_per_block])
-                    assert found == token, f"slot {slot}, token {position}: {found}, not {token}"
-
-    def state(self) -> Any:
-        """All that a failing call must leave as it is."""
-        slots = list(self.texts)
-        placement = self.policy.extend(slots, [0] * len(slots))
-        lengths = [self.policy.length(slot) for slot in slots]
-        return placement.tables.tolist(), placement.room.tolist(), lengths, self.policy.usage()
-
-    def safe(self, slots: list[int], counts: list[int]) -> bool:
-        """Whether all slots keep within what admit promised them: then extend must not fail."""
-        tpb = self.plan.tokens_per_block
-        for slot in self.texts:
-            end = max(len(self.texts[slot]) + dict(zip(slots, counts, strict=True)).get(slot, 0), 1)
-            promised = -(-min(self.worst.get(slot, 0), self.plan.window or LONGEST) // tpb)
-            held = int((self.policy.tables([slot]) >= 0).sum())
-            if max(held, -(-min(end, self.plan.window or LONGEST) // tpb)) > promised:
-                return False
-        return True
 
 
 class PolicyMachine(RuleBasedStateMachine):
@@ -108,102 +31,140 @@ class PolicyMachine(RuleBasedStateMachine):
     tokens_per_block = 4
     max_tokens = 60
     self_check = True
+    worst_case = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.backend = Backend(type(self).make(), self.tokens_per_block, self.max_tokens)
-        self.policy, self.texts = self.backend.policy, self.backend.texts
+        budget = KVBudget(SLOTS, LONGEST, self.tokens_per_block, self.max_tokens)
+        self.cache = PaperCache(type(self).make(), budget, self.self_check)
+        self.policy, self.texts, self.plan = self.cache.policy, self.cache.texts, self.cache.plan
+        self.tight = True
+        """Whether nobody has taken back what others may share: then promises hold."""
+        self.count = 100
 
     def live(self, data: st.DataObject) -> list[int]:
         return data.draw(st.lists(st.sampled_from(sorted(self.texts)), min_size=1, unique=True))
 
+    def tokens(self, n: int) -> list[int]:
+        """Tokens that nobody else has."""
+        self.count += n
+        return list(range(self.count - n, self.count))
+
+    def length(self, slot: int) -> int:
+        return len(self.texts[slot].tokens)
+
     def refused(self, error: type[Exception], call: Callable[[], object]) -> None:
-        before = self.backend.state()
+        before = self.cache.state()
         with pytest.raises(error):
             call()
-        assert self.backend.state() == before, "a call that failed changed something"
+        assert self.cache.state() == before, "a call that failed changed something"
 
     @precondition(lambda self: len(self.texts) < SLOTS)
-    @rule(data=st.data(), prompt=st.integers(1, 12), new=st.integers(0, LONGEST - 12))
-    def admit(self, data: st.DataObject, prompt: int, new: int) -> None:
+    @rule(
+        data=st.data(), prompt=st.integers(1, 12), new=st.integers(0, LONGEST - 12), salt=st.sampled_from(["", "", "x"])
+    )
+    def admit(self, data: st.DataObject, prompt: int, new: int, salt: str) -> None:
         slot = data.draw(st.sampled_from([slot for slot in range(SLOTS) if slot not in self.texts]))
-        plan = self.backend.plan
-        if min(prompt + new, plan.window or LONGEST) > plan.num_blocks * plan.tokens_per_block:
-            self.refused(CapacityError, lambda: self.policy.admit(slot, range(prompt), new))
-        elif self.policy.admit(slot, range(prompt), new) is not None:
-            self.texts[slot] = []
-            self.backend.worst[slot] = prompt + new
-            self.write([slot], [prompt], [prompt])
+        texts = [text.tokens for text in self.texts.values() if text.tokens]
+        like = data.draw(st.sampled_from([[], [1] * 12, [1] * 7 + [2] * 5, [3] * 12, *texts]))[:prompt]
+        ids = [*like, *self.tokens(prompt - len(like))]
+        if min(prompt + new, self.plan.window or LONGEST) > self.plan.num_blocks * self.plan.tokens_per_block:
+            self.refused(CapacityError, lambda: self.policy.admit(slot, ids, new))
+            return
+        before = self.cache.state()
+        hit = self.cache.admit(slot, ids, new, (salt,))
+        if hit is None:
+            assert self.texts, "nothing is left to wait for"
+            assert self.cache.state() == before, "a request that waits changed something"
+            return
+        self.tight = self.tight or len(self.texts) == 1
+        at = data.draw(st.integers(hit + 1, prompt))
+        self.write([slot], [ids[hit:at]], [at - hit])
+        if at < prompt:
+            self.write([slot], [ids[at:]], [prompt - at])
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def generate(self, data: st.DataObject) -> None:
         slots = self.live(data)
-        left = [LONGEST - len(self.texts[slot]) for slot in slots]
-        counts = [min(data.draw(st.integers(0, 7)), room) for room in left]
+        counts = [min(data.draw(st.integers(0, 7)), LONGEST - self.length(slot)) for slot in slots]
         # In a ring whatever is written destroys something: write only what is committed.
-        kept = [n if self.backend.plan.window else data.draw(st.integers(0, n)) for n in counts]
-        self.write(slots, counts, kept)
+        kept = [n if self.plan.window else data.draw(st.integers(0, n)) for n in counts]
+        self.write(slots, [self.tokens(n) for n in counts], kept)
 
-    def write(self, slots: list[int], counts: list[int], kept: list[int]) -> None:
-        safe, before = self.backend.safe(slots, counts), self.backend.state()
+    def write(self, slots: list[int], tokens: list[list[int]], kept: list[int]) -> None:
+        safe, before = self.safe(slots, [len(new) for new in tokens]), self.cache.state()
         try:
-            self.backend.write(slots, counts, kept)
+            self.cache.write(slots, tokens, kept)
         except CapacityError:
             assert not safe, "the blocks ran out although every slot keeps within what it was promised"
-            assert self.backend.state() == before, "a call that failed changed something"
+            assert self.cache.state() == before, "a call that failed changed something"
+
+    def safe(self, slots: list[int], counts: list[int]) -> bool:
+        """Whether all slots keep within what admit promised them: then extend must not fail."""
+        if not (self.tight and self.worst_case):
+            return False
+        size, most = self.plan.tokens_per_block, self.plan.window or LONGEST
+        more = dict(zip(slots, counts, strict=True))
+        for slot, text in self.texts.items():
+            end = max(len(text.tokens) + more.get(slot, 0), 1)
+            promised = -(-min(text.worst, most) // size)
+            held = int((self.policy.tables([slot]) >= 0).sum())
+            if max(held, -(-min(end, most) // size)) > promised:
+                return False
+        return True
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), n=st.integers(1, 9))
     def rewind(self, data: st.DataObject, n: int) -> None:
         slots = self.live(data)
-        counts = [min(n, len(self.texts[slot])) for slot in slots]
-        window = self.backend.plan.window
-        if window and any(n and len(self.texts[slot]) > window for slot, n in zip(slots, counts, strict=True)):
+        counts = [min(n, self.length(slot)) for slot in slots]
+        window = self.plan.window
+        if window and any(n and self.length(slot) > window for slot, n in zip(slots, counts, strict=True)):
             self.refused(ConfigError, lambda: self.policy.rewind(slots, counts))
             return
-        self.policy.rewind(slots, counts)
-        for slot, n in zip(slots, counts, strict=True):
-            del self.texts[slot][len(self.texts[slot]) - n :]
+        self.cache.rewind(slots, counts)
+        self.loosen()
+
+    def loosen(self) -> None:
+        if isinstance(self.policy, PrefixPolicy):
+            self.tight = False
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         target = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
         source = [data.draw(st.sampled_from(sorted(self.texts))) for _ in target]
-        self.fork_all(source, target)
+        self.cache.fork(source, target)
+        self.loosen()
 
     @precondition(lambda self: len(self.texts) > 1)
     @rule(data=st.data())
     def permute(self, data: st.DataObject) -> None:
         target = self.live(data)
-        self.fork_all(data.draw(st.permutations(target)), target)
-
-    def fork_all(self, source: list[int], target: list[int]) -> None:
-        self.backend.pending += self.policy.fork(source, target)
-        texts = [list(self.texts[slot]) for slot in source]
-        self.texts.update(zip(target, texts, strict=True))
+        self.cache.fork(data.draw(st.permutations(target)), target)
+        self.loosen()
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), keep=st.booleans())
+    def release(self, data: st.DataObject, keep: bool) -> None:
         slots = self.live(data)
-        self.policy.release(slots)
-        for slot in slots:
-            del self.texts[slot]
-            self.backend.worst.pop(slot, None)
+        self.cache.release(slots, keep)
         self.refused(ConfigError, lambda: self.policy.release(slots))
 
-    @precondition(lambda self: self.texts and not self.backend.plan.window)
+    @rule(n=st.integers(1, 20))
+    def evict(self, n: int) -> None:
+        cached = self.policy.usage().cached
+        assert self.policy.evict(n) == min(n, cached)
+        assert self.policy.usage().cached == cached - min(n, cached)
+
+    @precondition(lambda self: self.texts and not self.plan.window)
     @rule()
     def scribble(self) -> None:
-        """Room is the slot's own: garbage all over it hurts nobody."""
+        """Room is the slot's own: what is written all over it hurts nobody."""
         slots = sorted(self.texts)
-        placement = self.policy.extend(slots, [0] * len(slots))
-        self.backend.cache, self.backend.pending = self.backend.edited(), Edits()
-        for slot, row, room in zip(slots, placement.tables, placement.room.tolist(), strict=True):
-            for position in range(len(self.texts[slot]), len(self.texts[slot]) + room):
-                self.backend.put(row, slot, position)
+        room = self.cache.extend(slots, [0] * len(slots)).room.tolist()
+        self.cache.write(slots, [self.tokens(n) for n in room], [0] * len(slots))
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -211,19 +172,17 @@ class PolicyMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.texts)))
         room = int(self.policy.extend([slot], [0]).room[0])
         self.refused(ConfigError, lambda: self.policy.commit([slot], [room + 1]))
-        self.refused(ConfigError, lambda: self.policy.rewind([slot], [len(self.texts[slot]) + 1]))
+        self.refused(ConfigError, lambda: self.policy.rewind([slot], [self.length(slot) + 1]))
         self.refused(ConfigError, lambda: self.policy.extend([slot, slot], [1, 1]))
-        self.refused(CapacityError, lambda: self.policy.extend([slot], [LONGEST + 1 - len(self.texts[slot])]))
+        self.refused(CapacityError, lambda: self.policy.extend([slot], [LONGEST + 1 - self.length(slot)]))
 
     @invariant()
     def holds(self) -> None:
-        if self.self_check:
-            self.policy.check_integrity()
-        self.backend.check()
+        self.cache.check()
 
     def teardown(self) -> None:
         if self.texts:
-            self.policy.release(sorted(self.texts))
+            self.cache.release(sorted(self.texts), keep=True)
         usage = self.policy.usage()
         assert usage.free == usage.total, "blocks leaked"
 
@@ -241,6 +200,17 @@ CASES: dict[str, dict[str, Any]] = {
     "ring with sinks": {"make": lambda: PagedPolicy(PagedOptions(max_attention_window=12, sink_token_length=4))},
     "ring with uneven sinks": {"make": lambda: PagedPolicy(PagedOptions(max_attention_window=11, sink_token_length=3))},
     "ring of one": {"make": lambda: PagedPolicy(PagedOptions(max_attention_window=6, sink_token_length=5))},
+    "optimistic": {"make": lambda: PagedPolicy(PagedOptions(admission="optimistic")), "worst_case": False},
+    "prefix": {"make": PrefixPolicy},
+    "prefix, tight": {"make": PrefixPolicy, "max_tokens": 32},
+    "prefix, blocks of one": {"make": PrefixPolicy, "tokens_per_block": 1, "max_tokens": 40},
+    "prefix, blocks of two": {"make": PrefixPolicy, "tokens_per_block": 2, "max_tokens": 40},
+    "prefix, whole blocks": {"make": lambda: PrefixPolicy(PrefixOptions(partial_blocks=False, eviction="lfu"))},
+    "prefix, never waits": {"make": lambda: PrefixPolicy(PrefixOptions(wait_for_prefix=False)), "tokens_per_block": 2},
+    "prefix, optimistic": {
+        "make": lambda: PrefixPolicy(PrefixOptions(admission="optimistic", watermark=0.1)),
+        "worst_case": False,
+    },
     "contiguous": {"make": ContiguousPolicy, "max_tokens": SLOTS * 24},
     "contiguous rows": {"make": ContiguousPolicy, "tokens_per_block": LONGEST, "max_tokens": SLOTS * LONGEST},
 }
@@ -346,6 +316,45 @@ class BreaksPromises(PagedPolicy):
         return self._pool.free
 
 
+class SharesAcrossSalts(PrefixPolicy):
+    """Looks at the tokens alone."""
+
+    def admit(self, slot: Any, tokens: Any, max_new_tokens: Any, extra_key: Any = (), **more: Any) -> Any:
+        return super().admit(slot, tokens, max_new_tokens, (), **more)
+
+
+class KeepsEmptyBlocks(PrefixPolicy):
+    """Keeps the block after the one that is full."""
+
+    def _keep(self, slot: int, tail: list[int]) -> None:
+        self._table[slot] = np.roll(self._table[slot], -1)
+        super()._keep(slot, tail)
+        self._table[slot] = np.roll(self._table[slot], 1)
+
+
+class SharesPartsOfBlocks(PrefixPolicy):
+    """Says that a part of a block is there, but nobody copies it."""
+
+    def _reuse_part(self, *args: Any) -> Any:
+        return super()._reuse_part(*args)[0], Edits()
+
+
+class WritesKept(PrefixPolicy):
+    """Writes over what was kept, after a rewind."""
+
+    def _limits(self, rows: Any) -> Any:
+        return np.minimum(self._held[rows] * self._tokens_per_block, self._longest)
+
+
+class ForgetsRewinds(PrefixPolicy):
+    """Keeps blocks under tokens that were taken back."""
+
+    def rewind(self, slots: Any, counts: Any) -> None:
+        before = list(self._node), [list(tail) for tail in self._tail]
+        super().rewind(slots, counts)
+        self._node, self._tail = before
+
+
 RING = {"options": PagedOptions(max_attention_window=10, sink_token_length=2)}
 
 
@@ -363,6 +372,11 @@ RING = {"options": PagedOptions(max_attention_window=10, sink_token_length=2)}
         (RewindsRings, RING),
         (StopsHalfWay, {"max_tokens": 32}),
         (BreaksPromises, {"max_tokens": 24}),
+        (SharesAcrossSalts, {}),
+        (KeepsEmptyBlocks, {}),
+        (SharesPartsOfBlocks, {}),
+        (WritesKept, {"tokens_per_block": 2}),
+        (ForgetsRewinds, {"tokens_per_block": 2}),
     ],
 )
 def test_planted_bug_is_caught(policy: type[PagedPolicy], members: dict[str, Any], self_check: bool) -> None:

@@ -102,6 +102,15 @@ class SamplingConfig(Config):
     # cache
     max_attention_window_size: int | None = Field(default=None, ge=1)
     sink_token_length: int | None = Field(default=None, ge=0)
+    cache_salt: str | None = Field(
+        default=None, description="cached prefixes are only shared by requests of the same salt"
+    )
+    cache_priority: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="what it leaves in the cache goes after that of lower priority; None is 50",
+    )
     # results
     output_sequence_lengths: bool = False
     return_dict: bool = False

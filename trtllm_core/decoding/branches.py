@@ -78,13 +78,17 @@ class BranchTable:
             return None
         slot = self.slots.take()
         try:
-            if cache.admit(slot, request.prompt, request.sampling.max_new_tokens) is None:
+            sampling = request.sampling
+            admission = cache.admit(
+                slot, request.prompt, sampling.max_new_tokens, request.reuse_key, sampling.cache_priority
+            )
+            if admission is None:
                 self.slots.give(slot)
                 return None
         except BaseException:
             self.slots.give(slot)
             raise
-        branch = self.live[slot] = Branch(request, plan, slot)
+        branch = self.live[slot] = Branch(request, plan, slot, cached_prompt=admission.hit_length)
         try:
             self._begin(branch)
         except BaseException:

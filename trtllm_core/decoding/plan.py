@@ -35,6 +35,8 @@ CORE_FIELDS = frozenset(
         "return_dict",
         "output_cum_log_probs",
         "output_log_probs",
+        "cache_salt",
+        "cache_priority",
         "decoder",
         "logits_processors",
         "stopping_criteria",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from trtllm_core.config import SamplingConfig
 from trtllm_core.decoding.plan import Plan
@@ -29,6 +30,12 @@ class Request:
     def __post_init__(self) -> None:
         seed = self.sampling.random_seed
         object.__setattr__(self, "seed", secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def reuse_key(self) -> tuple[Any, ...]:
+        """All that cached keys and values depend on besides the tokens: requests share them where it is equal."""
+        salt = self.sampling.cache_salt
+        return () if salt is None else (("salt", salt),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class Branch:
     plan: Plan
     slot: int
     number: int = 0
+    cached_prompt: int = 0
+    """Tokens of its prompt that were in the cache when it started."""
     generated: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     text: str = ""

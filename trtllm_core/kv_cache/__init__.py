@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from trtllm_core.kv_cache.classic_blocks import Block, BlocksManager
     from trtllm_core.kv_cache.contiguous import ContiguousPolicy
     from trtllm_core.kv_cache.manager import GenerationSequence, KVCacheManager
-    from trtllm_core.kv_cache.paged import PagedOptions, PagedPolicy
+    from trtllm_core.kv_cache.options import PagedOptions, PrefixOptions
+    from trtllm_core.kv_cache.paged import PagedPolicy
+    from trtllm_core.kv_cache.prefix import PrefixPolicy
 
 _HOME = {
     "Block": "classic_blocks",
@@ -22,8 +24,10 @@ _HOME = {
     "ContiguousPolicy": "contiguous",
     "GenerationSequence": "manager",
     "KVCacheManager": "manager",
-    "PagedOptions": "paged",
+    "PagedOptions": "options",
     "PagedPolicy": "paged",
+    "PrefixOptions": "options",
+    "PrefixPolicy": "prefix",
 }
 
 __all__ = [
@@ -35,6 +39,8 @@ __all__ = [
     "KVCacheManager",
     "PagedOptions",
     "PagedPolicy",
+    "PrefixOptions",
+    "PrefixPolicy",
 ]
 
 

@@ -30,6 +30,11 @@ class BlockPool:
     def __len__(self) -> int:
         return len(self.refs)
 
+    @property
+    def available(self) -> int:
+        """Blocks that ``take`` can give."""
+        return self.free
+
     def take(self, hint: int = -1) -> int:
         """A free block, now with one owner: block ``hint`` if that is free, so that runs of neighbours arise.
 
@@ -61,6 +66,10 @@ class BlockPool:
             if not self._stacked[block]:
                 self._stacked[block] = 1
                 self._stack.append(block)
+
+    def unshare(self, block: int) -> None:
+        """One owner less for a block that has more."""
+        self.refs[block] -= 1
 
     def check(self) -> None:
         """Raise ``AssertionError`` where the free list and the reference counts disagree."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_core.errors import CapacityError, PluginContractError
+from trtllm_core.errors import CapacityError, ConfigError, PluginContractError
 from trtllm_core.plugin.backend import Executable
 from trtllm_core.plugin.kv_policy import Admission, Edits, KVBudget, KVModel, KVPlan, KVPolicy, KVUsage
 
@@ -17,9 +17,13 @@ class KVCache:
 
     The policy is called when a slot's room is used up, about once a block, and not once a token: what was written in
     between is reported to it first. All arrays are indexed by slot.
+
+    ``history``, int32 ``[slots, max_seq_len]``, holds the tokens of each slot, for policies that need them.
     """
 
-    def __init__(self, policy: KVPolicy, executable: Executable, budget: KVBudget) -> None:
+    def __init__(
+        self, policy: KVPolicy, executable: Executable, budget: KVBudget, history: np.ndarray | None = None
+    ) -> None:
         config = executable.config
         size = config.build.tp_size
         model = KVModel(
@@ -39,13 +43,20 @@ class KVCache:
         """Tokens written to the cache."""
         self._reported = np.zeros(budget.max_slots, np.int64)
         self._room = np.zeros(budget.max_slots, np.int64)
+        self._history = history if "tokens" in policy.needs else None
 
-    def check(self, prompt: int, max_new_tokens: int) -> None:
+    def check(self, prompt: int, max_new_tokens: int, priority: int | None = None) -> None:
         """Refuse a request that the pool could not hold even alone, long before its turn comes.
 
         Raises:
             CapacityError: it needs more blocks than a slot can ever have. Only the policy's ``admit`` knows the rest.
+            ConfigError: it has a priority, which the policy does not look at.
         """
+        if priority is not None and not self.policy.honours_priority:
+            raise ConfigError(
+                f"cache_priority={priority}: KV policy {type(self.policy).__name__} does not look at priorities; "
+                "choose KVCacheConfig(policy='prefix', options={'eviction': 'priority'})"
+            )
         plan = self.plan
         room = min(plan.num_blocks, plan.max_blocks_per_slot) * plan.tokens_per_block
         if plan.window is None and prompt + max_new_tokens > room:  # a ring holds any number
@@ -56,11 +67,29 @@ class KVCache:
             )
 
     def admit(
-        self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        extra_key: tuple[Any, ...] = (),
+        priority: int | None = None,
     ) -> Admission | None:
-        """As ``KVPolicy.admit``; a hit counts as cached."""
-        admission = self.policy.admit(slot, tokens, max_new_tokens, extra_key)
+        """As ``KVPolicy.admit``; a hit counts as cached.
+
+        Raises:
+            PluginContractError: the policy calls the whole prompt a hit, and so leaves nothing to compute logits from.
+        """
+        if self._history is not None:  # what was written is there for reuse at once
+            self._report(np.flatnonzero(self.cached > self._reported))
+        keywords = {} if priority is None else {"priority": priority}
+        admission = self.policy.admit(slot, tokens, max_new_tokens, extra_key, **keywords)
         if admission is not None:
+            if not 0 <= admission.hit_length < len(tokens):
+                raise PluginContractError(
+                    f"KV policy {type(self.policy).__name__} says that {admission.hit_length} of {len(tokens)} prompt "
+                    "tokens are cached: at least one must be computed"
+                )
+            self._edit(admission.edits)
             self.cached[slot] = self._reported[slot] = self._room[slot] = admission.hit_length
         return admission
 
@@ -89,10 +118,17 @@ class KVCache:
 
     def rewind(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """The last ``counts`` cached tokens of ``slots`` are taken back."""
-        self._report(slots)
-        self.policy.rewind(slots.tolist(), counts.tolist())
-        self.cached[slots] -= counts
-        self._reset(slots)
+        # Of what the policy has not heard of yet, it need not hear: drafts come and go within a slot's room. A ring is
+        # told, because what overwrote another token cannot be taken back.
+        late = np.minimum(counts, self.cached[slots] - self._reported[slots]) if self.plan.window is None else 0
+        self.cached[slots] -= late
+        told = counts > late
+        slots, counts = slots[told], (counts - late)[told]
+        if len(slots):
+            self._report(slots)
+            self.policy.rewind(slots.tolist(), counts.tolist())
+            self.cached[slots] -= counts
+            self._reset(slots)
 
     def fork(self, src: np.ndarray, dst: np.ndarray) -> None:
         """Slots ``dst`` become copies of slots ``src``, all at the same time."""
@@ -103,8 +139,9 @@ class KVCache:
         self._reset(np.union1d(src, dst))
 
     def release(self, slots: np.ndarray, keep: bool = False) -> None:
-        """The slots are over; their blocks are free at once."""
-        self._report(slots)
+        """The slots are over; their blocks are free at once, or with ``keep`` may stay for reuse by other requests."""
+        if keep:
+            self._report(slots)
         self.policy.release(slots.tolist(), keep)
         self.cached[slots] = self._reported[slots] = self._room[slots] = 0
         self.tables[slots] = -1
@@ -123,10 +160,17 @@ class KVCache:
         return f"KV policy {type(self.policy).__name__} returned {what}, which this session does not honour: {instead}"
 
     def _report(self, slots: np.ndarray) -> None:
-        written = self.cached[slots] - self._reported[slots]
-        if written.any():
-            self.policy.commit(slots.tolist(), written.tolist())
-            self._reported[slots] = self.cached[slots]
+        start, end = self._reported[slots], self.cached[slots]
+        if (start == end).all():
+            return
+        counts = (end - start).tolist()
+        if self._history is None:
+            self.policy.commit(slots.tolist(), counts)
+        else:
+            rows = zip(slots.tolist(), start.tolist(), end.tolist(), strict=True)
+            tokens = [self._history[slot, first:last].tolist() for slot, first, last in rows]
+            self.policy.commit(slots.tolist(), counts, tokens)
+        self._reported[slots] = end
 
     def _reset(self, slots: np.ndarray) -> None:
         """After blocks changed hands: read the tables again and ask for room before the next write."""

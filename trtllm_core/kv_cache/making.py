@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from trtllm_core.config import KVCacheConfig
 from trtllm_core.errors import ConfigError, listing
 from trtllm_core.kv_cache.cache import KVCache
@@ -13,8 +15,12 @@ UNUSED = ("after_prefill", "after_step")
 """Verbs that the loop does not call: a policy that relies on one is refused rather than half used."""
 
 
-def make_cache(config: KVCacheConfig, executable: Executable, plugins: Plugins) -> KVCache:
+def make_cache(
+    config: KVCacheConfig, executable: Executable, plugins: Plugins, history: np.ndarray | None = None
+) -> KVCache:
     """Make the policy that the config names, let it plan, and allocate what it planned.
+
+    ``history``: see ``KVCache``.
 
     Raises:
         PluginNotFoundError: no such policy.
@@ -24,15 +30,14 @@ def make_cache(config: KVCacheConfig, executable: Executable, plugins: Plugins) 
     build = executable.config.build
     entry = plugins.kv_policies.get(config.policy, plugins.missing_hint("kv_policy", config.policy))
     policy = _make(entry.load(), config)
-    needs = set(policy.needs)
+    needs = set(policy.needs - ({"tokens"} if history is not None else set()))
     needs |= {name for name in UNUSED if getattr(type(policy), name) is not getattr(KVPolicy, name)}
     if needs:
         raise ConfigError(f"KV policy {config.policy!r} needs {listing(needs)}, which this session cannot give it")
     size = build.tokens_per_block
     full = build.max_batch_size * -(-build.max_seq_len // size) * size
-    return KVCache(
-        policy, executable, KVBudget(build.max_batch_size, build.max_seq_len, size, config.max_tokens or full)
-    )
+    budget = KVBudget(build.max_batch_size, build.max_seq_len, size, config.max_tokens or full)
+    return KVCache(policy, executable, budget, history)
 
 
 def _make(factory: Any, config: KVCacheConfig) -> KVPolicy:

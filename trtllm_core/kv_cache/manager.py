@@ -6,7 +6,8 @@ import torch
 
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.classic_blocks import block_offsets
-from trtllm_core.kv_cache.paged import PagedOptions, PagedPolicy
+from trtllm_core.kv_cache.options import PagedOptions
+from trtllm_core.kv_cache.paged import PagedPolicy
 from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVModel, KVPolicy
 
 _ENDLESS = 2**31 - 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+import numpy.typing as npt
 
-from trtllm_core.config import Config
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.blocks import BlockPool, require
+from trtllm_core.kv_cache.options import BlockOptions, PagedOptions
 from trtllm_core.kv_cache.slots import Counts, Rows, SlotPolicy
 from trtllm_core.plugin.kv_policy import (
     Admission,
@@ -25,29 +25,6 @@ from trtllm_core.plugin.kv_policy import (
 )
 
 
-class PagedOptions(Config):
-    """``KVCacheConfig.options`` of the paged policy."""
-
-    max_attention_window: int | None = Field(
-        default=None, ge=1, description="entries of a slot's cache, then the oldest are overwritten; None keeps all"
-    )
-    sink_token_length: int = Field(default=0, ge=0, description="first tokens of a slot that are never overwritten")
-    watermark: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="share of the pool that admission leaves free, for forks to grow into"
-    )
-
-    @model_validator(mode="after")
-    def _ring(self) -> Self:
-        if self.sink_token_length and self.max_attention_window is None:
-            raise ValueError("sink_token_length only means something with max_attention_window, which is not set")
-        if self.max_attention_window is not None and self.sink_token_length >= self.max_attention_window:
-            raise ValueError(
-                f"sink_token_length ({self.sink_token_length}) must be below "
-                f"max_attention_window ({self.max_attention_window}), or no new token could be kept"
-            )
-        return self
-
-
 class PagedPolicy(SlotPolicy):
     """Reference-counted blocks of ``tokens_per_block`` tokens.
 
@@ -55,6 +32,7 @@ class PagedPolicy(SlotPolicy):
     A slot that stays within its promise never runs out, whatever is forked onto it (a beam's blocks are at most as
     many as its promise). A slot that was made by ``fork`` has no promise: it grows into what is promised to nobody,
     and ``extend`` raises :class:`OutOfBlocksError` when that is used up. Admit every branch to be safe from it.
+    With ``admission="optimistic"`` only the prompt and one token are promised, and every slot grows like that.
 
     **Sharing.** ``fork`` shares the blocks that hold tokens, never reserved ones, and takes the room of both sides
     away where their last block is now shared. ``extend`` copies what a slot would write and does not own alone.
@@ -66,14 +44,14 @@ class PagedPolicy(SlotPolicy):
     no more may be written than is going to be committed. A window that no slot can fill is no ring.
     """
 
-    Options: ClassVar[type[PagedOptions]] = PagedOptions
+    Options: ClassVar[type[BlockOptions]] = PagedOptions
 
-    def __init__(self, options: PagedOptions | None = None) -> None:
-        super().__init__(options or PagedOptions())
+    def __init__(self, options: BlockOptions | None = None) -> None:
+        super().__init__(options or self.Options())
 
     def plan(self, model: KVModel, budget: KVBudget) -> KVPlan:
         """See :meth:`KVPolicy.plan`: as many whole blocks as the budget holds."""
-        tpb, window = budget.tokens_per_block, self.options.max_attention_window
+        tpb, (window, sink) = budget.tokens_per_block, self._window(model)
         blocks = budget.max_tokens // tpb
         if not blocks:
             raise CapacityError(
@@ -83,11 +61,10 @@ class PagedPolicy(SlotPolicy):
         if window is not None and (window >= budget.max_seq_len or window > blocks * tpb):
             window = None
         capacity = window or min(budget.max_seq_len, blocks * tpb)
-        sink = self.options.sink_token_length if window else 0
-        plan = KVPlan(blocks, tpb, -(-capacity // tpb), model, window, sink)
+        plan = KVPlan(blocks, tpb, -(-capacity // tpb), model, window, sink if window else 0)
         self._reset(budget, plan.max_blocks_per_slot)
         self._plan, self._capacity = plan, capacity
-        self._ring = (window, sink) if window else None
+        self._ring = (window, plan.sink) if window else None
         self._longest = budget.max_seq_len if window else capacity
         self._pool = BlockPool(blocks)
         self._index = np.arange(plan.max_blocks_per_slot)
@@ -99,16 +76,7 @@ class PagedPolicy(SlotPolicy):
         self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
     ) -> Admission | None:
         """See :meth:`KVPolicy.admit`: None until the worst case fits in what is promised to nobody."""
-        worst = self._new_slot(slot, len(tokens), max_new_tokens, self._max_seq_len, "BuildConfig.max_seq_len")
-        need = self._blocks(min(worst, self._capacity) if self._ring else worst)
-        spared = math.ceil(self.options.watermark * len(self._pool))
-        if need > len(self._pool) - spared:
-            tpb = self._tokens_per_block
-            raise CapacityError(
-                f"{len(tokens)} prompt tokens and max_new_tokens {max_new_tokens} need {need * tpb} tokens of cache, "
-                f"but the whole pool has {(len(self._pool) - spared) * tpb}: raise KVCacheConfig.max_tokens"
-                f"{' or lower the watermark' if spared else ''}, or ask for fewer tokens"
-            )
+        need, spared = self._need(slot, len(tokens), max_new_tokens)
         if need > self._unpromised() - spared:
             return None
         self._live[slot], self._promised[slot] = True, need
@@ -173,7 +141,7 @@ class PagedPolicy(SlotPolicy):
         self._pool.check()
         owned = self._table[self._table >= 0]
         counted = np.bincount(owned, minlength=len(self._pool))
-        wrong = np.flatnonzero(counted != self._pool.refs)
+        wrong = np.flatnonzero(counted != self._owners())
         require(not wrong.size, f"blocks {wrong.tolist()}: the reference count is not the number of slots with them")
         require(bool(((self._table >= 0) == (self._index < self._held[:, None])).all()), "a table has a gap")
         for slot in range(len(self._live)):
@@ -188,6 +156,35 @@ class PagedPolicy(SlotPolicy):
                 block = int(row[index])
                 require(block >= 0, f"slot {slot} may write where it has no block")
                 require(self._pool.refs[block] == 1, f"slot {slot} may write block {block}, which others share")
+
+    def _window(self, model: KVModel) -> tuple[int | None, int]:
+        """Window and sinks of the ring that is wanted."""
+        return self.options.max_attention_window, self.options.sink_token_length
+
+    def _need(self, slot: int, prompt: int, max_new_tokens: int) -> tuple[int, int]:
+        """Blocks that a new request must be promised, and those that must be left over.
+
+        Raises:
+            CapacityError: it would not fit into an empty pool, with all tokens that it may generate.
+        """
+        worst = self._new_slot(slot, prompt, max_new_tokens, self._max_seq_len, "BuildConfig.max_seq_len")
+        most = self._capacity if self._ring else worst
+        need = self._blocks(min(worst, most))
+        spared = math.ceil(self.options.watermark * len(self._pool))
+        if need > len(self._pool) - spared:
+            tpb = self._tokens_per_block
+            raise CapacityError(
+                f"{prompt} prompt tokens and max_new_tokens {max_new_tokens} need {need * tpb} tokens of cache, "
+                f"but the whole pool has {(len(self._pool) - spared) * tpb}: raise KVCacheConfig.max_tokens"
+                f"{' or lower the watermark' if spared else ''}, or ask for fewer tokens"
+            )
+        if self.options.admission == "optimistic":
+            need = min(need, self._blocks(min(prompt + 1, most)))
+        return need, spared
+
+    def _owners(self) -> npt.NDArray[np.int32]:
+        """int32 ``[num_blocks]``: how many slots hold each block."""
+        return self._pool.refs
 
     def _blocks(self, tokens: Any) -> Any:
         return -(-tokens // self._tokens_per_block)
@@ -235,7 +232,7 @@ class PagedPolicy(SlotPolicy):
                     left[block] = left.get(block, 0) + 1
                 draws.append((slot, index, block))
             strange += max(0, min(len(draws) - before, held - int(self._promised[slot])))
-        missing = len(draws) - self._pool.free
+        missing = len(draws) - self._pool.available
         if strange:
             missing = max(missing, strange - self._unpromised())
         if missing > 0:
@@ -251,7 +248,7 @@ class PagedPolicy(SlotPolicy):
         home = slot * len(self._pool) // len(self._live)
         new = self._pool.take(int(self._table[slot, index - 1]) + 1 if index else home)
         if block >= 0:
-            self._pool.refs[block] -= 1  # it is shared, and so stays owned
+            self._pool.unshare(block)
         else:
             self._held[slot] = index + 1
         self._table[slot, index] = new

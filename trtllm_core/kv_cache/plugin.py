@@ -14,6 +14,7 @@ hook_api = "kv_policy>=1.0,<2"
 
 @hookimpl
 def trtllm_register_kv_policies(registrar: KVPolicyRegistrar) -> None:
-    """Register ``paged`` (the default) and ``contiguous``."""
+    """Register ``paged`` (the default), ``prefix`` and ``contiguous``."""
     registrar.add("paged", "trtllm_core.kv_cache.paged:PagedPolicy")
+    registrar.add("prefix", "trtllm_core.kv_cache.prefix:PrefixPolicy")
     registrar.add("contiguous", "trtllm_core.kv_cache.contiguous:ContiguousPolicy")

@@ -31,7 +31,9 @@ class SlotPolicy(KVPolicy):
         """Token number before which a slot may be written: its room ends there."""
         self._table: npt.NDArray[np.int32] = np.full((budget.max_slots, max_blocks_per_slot), -1, dtype=np.int32)
 
-    def commit(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+    def commit(
+        self, slots: Sequence[int], counts: Sequence[int], tokens: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """See :meth:`KVPolicy.commit`; ConfigError for tokens that lie outside the room."""
         rows, more = self._rows_and_counts(slots, counts)
         length = self._length[rows] + more

@@ -43,6 +43,7 @@ from trtllm_core.plugin.decoder import (
     Sampler,
     Selection,
 )
+from trtllm_core.plugin.eviction import CachedBlock, EvictionOrder
 from trtllm_core.plugin.family import CheckpointView, ModelFamily, Piece, Weight
 from trtllm_core.plugin.kv_policy import (
     Admission,
@@ -110,6 +111,7 @@ __all__ = [
     "BackendSpecs",
     "BranchPlan",
     "BranchView",
+    "CachedBlock",
     "Capabilities",
     "CheckpointView",
     "CommitBatch",
@@ -122,6 +124,7 @@ __all__ = [
     "DeviceStoppingCriterion",
     "Edits",
     "Entry",
+    "EvictionOrder",
     "Executable",
     "FinishReason",
     "HostLogitsProcessor",

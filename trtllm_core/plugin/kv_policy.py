@@ -105,7 +105,9 @@ class Admission:
     """A request may start."""
 
     hit_length: int = 0
-    """Tokens of its prompt that are in the cache already and need not be computed."""
+    """Tokens of its prompt that are in the cache already and need not be computed: fewer than there are."""
+    edits: Edits = Edits()
+    """Copies that must be done before anything is written (blocks of which a part is reused)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,11 @@ class KVUsage:
 
     total: int
     free: int
+    """Blocks that no slot holds."""
     shared: int = 0
-    """Blocks with more than one owner."""
+    """Blocks that more than one slot holds."""
+    cached: int = 0
+    """Of the free ones, those that are kept for reuse until their room is needed."""
 
 
 class KVPolicy(ABC):
@@ -144,7 +149,10 @@ class KVPolicy(ABC):
     Options: ClassVar[type[BaseModel] | None] = None
     """pydantic model of ``KVCacheConfig.options``; None takes none."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of ``attention_scores``, ``keys``, ``access_statistics``; a backend without them is refused early."""
+    """Of ``tokens`` (see ``commit``), ``attention_scores``, ``keys``, ``access_statistics``; a backend without them is
+    refused early."""
+    honours_priority: bool = False
+    """Whether ``admit`` takes ``priority``. Requests that set ``cache_priority`` are refused where it does not."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -161,9 +169,10 @@ class KVPolicy(ABC):
     def admit(
         self, slot: int, tokens: Sequence[int], max_new_tokens: int, extra_key: tuple[Any, ...] = ()
     ) -> Admission | None:
-        """May a request with this prompt start in ``slot``? None: not now, ask again when something was released.
+        """May a request with this prompt start in ``slot``? None: not now, ask again after the next step.
 
-        ``extra_key`` is all else that the cached values depend on (adapter, prompt table, salt).
+        ``extra_key`` is all else that the cached values depend on (adapter, prompt table, salt). A policy that
+        ``honours_priority`` also takes ``priority``: how much what it leaves in the cache is worth, 0 to 100.
 
         Raises:
             CapacityError: it could not start even in an empty pool.
@@ -179,8 +188,14 @@ class KVPolicy(ABC):
         """
 
     @abstractmethod
-    def commit(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """``counts[i]`` tokens were written and stay. They must lie within the room."""
+    def commit(
+        self, slots: Sequence[int], counts: Sequence[int], tokens: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """``counts[i]`` tokens were written and stay. They must lie within the room.
+
+        ``tokens[i]`` are their ids, where ``needs`` names ``tokens``; a policy that does not may leave it out of its
+        signature. Several steps may be told in one call, but always before a slot is forked, or another is admitted.
+        """
 
     @abstractmethod
     def rewind(self, slots: Sequence[int], counts: Sequence[int]) -> None:
@@ -198,7 +213,7 @@ class KVPolicy(ABC):
 
     @abstractmethod
     def release(self, slots: Sequence[int], keep: bool = False) -> None:
-        """The slots are over. ``keep`` allows their blocks to stay for reuse by later requests."""
+        """The slots are over. ``keep`` allows their blocks to stay for reuse by later requests: they ended well."""
 
     @abstractmethod
     def length(self, slot: int) -> int:

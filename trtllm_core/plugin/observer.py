@@ -42,3 +42,5 @@ class RequestStats:
     plugin_seconds: dict[str, float] = field(default_factory=dict)
     """Host seconds that each of its plugins took for it. A call for several requests is shared equally by those that
     use the plugin then."""
+    cached_prompt_tokens: int = 0
+    """Tokens of its prompt that were found in the KV cache."""
