@@ -90,6 +90,15 @@ def test_unigram_with_metaspace():
     assert TokenBytes.of(tokenizer)([2, 3, 4, 2]) == " helloé he".encode()
 
 
+def test_encoding_adds_nothing(byte_level, smollm2_gguf):
+    assert TokenBytes.of(byte_level).encode("the cat") == byte_level.encode("the cat", add_special_tokens=False).ids
+    files = open_checkpoint(smollm2_gguf).tokenizer()
+    assert files is not None
+    table = TokenBytes.of(Tokenizer(files))
+    assert table(table.encode(TEXT)).decode() == TEXT
+    assert TokenBytes([b"a"]).encode is None
+
+
 def test_a_decoder_without_bytes_is_refused():
     tokenizer = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()

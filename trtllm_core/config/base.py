@@ -22,7 +22,7 @@ class Config(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(_sentence(type(self), error)) from None
+            raise ConfigError(f"{type(self).__name__}: {problems(type(self), error)}") from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated like a new one."""
@@ -30,15 +30,16 @@ class Config(BaseModel):
         return type(self)(**{**fields, **changes})
 
 
-def _sentence(cls: type[Config], error: ValidationError) -> str:
-    problems = []
+def problems(cls: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong with the fields that a model was made of, in one line."""
+    found = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"it has no field {where!r} (known: {', '.join(sorted(cls.model_fields))})")
+            found.append(f"it has no field {where!r} (known: {', '.join(sorted(cls.model_fields))})")
         elif item["type"] == "missing":
-            problems.append(f"field {where!r} is required")
+            found.append(f"field {where!r} is required")
         else:
             what = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{where} = {item['input']!r}: {what}" if where else what)
-    return f"{cls.__name__}: " + "; ".join(problems)
+            found.append(f"{where} = {item['input']!r}: {what}" if where else what)
+    return "; ".join(found)

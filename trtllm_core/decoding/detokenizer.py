@@ -26,11 +26,13 @@ class TokenBytes:
 
     Args:
         pieces: the bytes of each token, by id.
+        encode: text to ids, with nothing around it; None where nobody can.
     """
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
+    def __init__(self, pieces: Sequence[bytes], encode: Callable[[str], Sequence[int]] | None = None) -> None:
         self.pieces = tuple(pieces)
         """The bytes of each token, by id."""
+        self.encode = encode
 
     @classmethod
     def of(cls, tokenizer: tokenizers.Tokenizer | Tokenizer) -> TokenBytes:
@@ -45,7 +47,7 @@ class TokenBytes:
         pieces = {id_: to_bytes(token) for token, id_ in _vocabulary(spec["model"])}
         for token in spec.get("added_tokens") or ():
             pieces[token["id"]] = b"" if token["special"] else to_bytes(token["content"])
-        return cls([pieces.get(id_, b"") for id_ in range(max(pieces, default=-1) + 1)])
+        return cls([pieces.get(id_, b"") for id_ in range(max(pieces, default=-1) + 1)], _encoder(tokenizer))
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -134,6 +136,13 @@ class TextStream:
         text, used = codecs.utf_8_decode(self._data[self._emitted : max(end, self._emitted)], "replace", final)
         self._emitted += used
         return text
+
+
+def _encoder(tokenizer: tokenizers.Tokenizer | Tokenizer) -> Callable[[str], Sequence[int]]:
+    given: Any = tokenizer
+    if hasattr(given, "files"):
+        return lambda text: given.encode(text, add_special=False)
+    return lambda text: given.encode(text, add_special_tokens=False).ids
 
 
 def _vocabulary(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

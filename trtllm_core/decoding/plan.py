@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from trtllm_core.config import PluginUse, SamplingConfig
+from trtllm_core.config.base import problems
 from trtllm_core.decoding.order import ordered
 from trtllm_core.errors import ConfigError, PluginContractError, PluginError, PluginRuntimeError, listing
 from trtllm_core.plugin import (
@@ -259,6 +260,8 @@ def _params(plugin: SlotPlugin, use: PluginUse) -> Any:
     _check_names(plugin.Params, use)
     try:
         return plugin.Params(**use.params)
+    except ValidationError as error:
+        raise ConfigError(f"plugin {use.name!r}: {problems(plugin.Params, error)}") from error
     except ValueError as error:
         raise ConfigError(f"plugin {use.name!r}: {error}") from error
 

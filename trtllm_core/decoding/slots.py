@@ -46,6 +46,7 @@ class Slots:
             seeds=torch.zeros(count, dtype=torch.int64, device=device),
             text=text,
             vocabulary=None if text is None else text.pieces,
+            encode=None if text is None else text.encode,
             clock=clock,
         )
 

@@ -62,6 +62,8 @@ class DecodingContext:
     """The bytes of each token, by id, where the engine has a tokenizer: what a grammar is held against.
 
     Special tokens have none. It may be shorter than ``vocab_size``, where a model has ids without a token."""
+    encode: Callable[[str], Sequence[int]] | None = None
+    """The tokens that the tokenizer makes of a text, with nothing around it; None where the engine has none."""
     clock: Callable[[], float] = time.monotonic
     """Seconds since some moment: rank 0's, on all ranks. Where an engine has several it is a collective, so all ranks
     must call it alike; a criterion reads it once a step."""

@@ -22,7 +22,8 @@ _ALPHABETS = (
     "авекмнорстухиый",
     "的一是不了人我在有他这中",
 )
-_WEIGHTS = (70, 8, 5, 8, 3, 4, 2)
+_SHARES = (76, 7, 2, 9, 2, 3, 2)
+_ADDED = (30, 40, 30)  # how often a token is a shorter one with one, two or three letters more
 _CHARACTERS = {byte: character for character, byte in BYTE_LEVEL.items()}
 
 
@@ -40,21 +41,29 @@ def byte_tokenizer(pieces: Sequence[str] = (), end: str = END) -> Tokenizer:
 def synthetic_tokenizer(size: int, seed: int = 0) -> Tokenizer:
     """As ``byte_tokenizer``, filled up to ``size`` tokens with pieces as a trained vocabulary has them.
 
+    Lengths, and how many beginnings the tokens share, are about those of SmolLM2's vocabulary: what a grammar's masks
+    cost depends on them.
+
     Args:
         size: at least 257.
         seed: the same one makes the same tokenizer.
     """
     draw = random.Random(seed)
+    stems: list[dict[int, list[str]]] = [{1: [*letters, *(" " + c for c in letters)]} for letters in _ALPHABETS]
+    chances = [[1 / rank for rank in range(1, len(letters) + 1)] for letters in _ALPHABETS]
     pieces: dict[str, None] = {}
     while len(pieces) < size - 257:
-        (letters,) = draw.choices(_ALPHABETS, _WEIGHTS)
-        # Short tokens are frequent letters and few, long ones are many: lengths as in a vocabulary of 128 thousand.
-        count = min(16, max(1, round(draw.lognormvariate(1.6, 0.45))))
-        weights = [1 / (rank + 1) for rank in range(len(letters))]
-        word = "".join(draw.choices(letters, weights, k=count))
-        piece = (" " if draw.random() < 0.45 else "") + word
-        if len(piece.encode()) > 1:
-            pieces[piece] = None
+        (kind,) = draw.choices(range(len(_ALPHABETS)), _SHARES)
+        length = min(14, max(2, round(draw.lognormvariate(1.75, 0.42))))
+        (added,) = draw.choices((1, 2, 3), _ADDED)
+        known = stems[kind].get(max(1, length - added))
+        if known:
+            stem = draw.choice(known)
+            rest = length - max(1, length - added)
+            piece = stem + "".join(draw.choices(_ALPHABETS[kind], chances[kind], k=rest))
+            if piece not in pieces:
+                pieces[piece] = None
+                stems[kind].setdefault(length, []).append(piece)
     return byte_tokenizer(list(pieces))
 
 
