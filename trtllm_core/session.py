@@ -35,6 +35,7 @@ class Session:
         self._specs = {spec.name: spec for spec in executable.tensors}
         self._inputs = frozenset(name for name, spec in self._specs.items() if spec.is_input)
         self._outputs = self._specs.keys() - self._inputs
+        self._needed = frozenset(name for name in self._inputs if not self._specs[name].optional)
 
     @classmethod
     def from_serialized_engine(cls, engine: Serialized, *, plugins: Plugins | None = None, **options: Any) -> Session:
@@ -122,8 +123,8 @@ class Session:
             ConfigError: (a ``ValueError``) an input or output is missing.
             BackendError: the backend could not run it.
         """
-        if not (self._inputs <= inputs.keys() and self._outputs <= outputs.keys()):
-            missing = (self._inputs - inputs.keys()) | (self._outputs - outputs.keys())
+        if not (self._needed <= inputs.keys() and self._outputs <= outputs.keys()):
+            missing = (self._needed - inputs.keys()) | (self._outputs - outputs.keys())
             raise ConfigError(f"run() lacks {listing(missing)}: it takes every input and output of the engine")
         self._executable.execute(inputs, outputs, stream)
         return True

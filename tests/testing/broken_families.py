@@ -87,6 +87,30 @@ class WholeOutput(Wrong):
         return with_piece(weight, 0, shard="whole") if weight.target.endswith("down.weight") else weight
 
 
+class ReorderedInputs(Wrong):
+    """Features between the MLP's products stand in another order: right, but for adapters, whose inputs stay."""
+
+    def change(self, weight: Weight) -> Weight:
+        if weight.target.endswith("gate_up.weight"):
+            return with_piece(with_piece(weight, 0, transform=backwards), 1, transform=backwards)
+        if weight.target.endswith("down.weight"):
+            return with_piece(weight, 0, transform=lambda tensor: tensor.flip(1))
+        return weight
+
+
+class SizedTransform(Wrong):
+    """Right, but for adapters: a transform that asks for all input features."""
+
+    def change(self, weight: Weight) -> Weight:
+        if not weight.target.endswith("attention.output.weight"):
+            return weight
+        return with_piece(weight, 0, transform=lambda tensor: tensor.view(64, 64))
+
+
+def backwards(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flip(0)
+
+
 class WrongEpsilon(Wrong):
     """Norms divide by a little more than they should."""
 
@@ -129,5 +153,7 @@ takes_anything = Plugin(TakesAnything)
 zeroed_bias = Plugin(ZeroedBias)
 forgotten_parameter = Plugin(ForgottenParameter)
 whole_output = Plugin(WholeOutput)
+reordered_inputs = Plugin(ReorderedInputs)
+sized_transform = Plugin(SizedTransform)
 wrong_epsilon = Plugin(WrongEpsilon)
 no_residual = Plugin(NoResidual)

@@ -38,7 +38,7 @@ class HFCheckpoint(Checkpoint):
         self._shards: dict[str, Any] = {}
         self._nbytes = 0
         for shard in _shards(path):
-            handle = _open(shard)
+            handle = open_safetensors(shard)
             self._shards.update(dict.fromkeys(handle.keys(), handle))
             self._nbytes += shard.stat().st_size - _header_bytes(shard)
         _check_index(path, self._shards)
@@ -135,7 +135,12 @@ def _check_index(path: Path, tensors: Mapping[str, Any]) -> None:
         )
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, opened for torch on the CPU: its tensors are views of the mapped file.
+
+    Raises:
+        CheckpointError: it is truncated or damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

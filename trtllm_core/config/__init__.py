@@ -6,6 +6,7 @@ from trtllm_core.config.engine import (
     BuildConfig,
     EngineConfig,
     KVCacheConfig,
+    LoraLayer,
     Provider,
     RankFile,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "DType",
     "EngineConfig",
     "KVCacheConfig",
+    "LoraLayer",
     "Mapping",
     "ModelConfig",
     "PluginUse",

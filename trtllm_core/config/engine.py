@@ -12,6 +12,8 @@ from trtllm_core.config.model import DType, ModelConfig
 FORMAT_VERSION = 1
 """Version of the engine directory's layout. Raised when an older core could misread a newer engine."""
 
+_MAX_LORAS = 4
+
 Contract = Literal["packed_paged", "padded_linear"]
 
 
@@ -28,6 +30,11 @@ class BuildConfig(Config):
     max_beam_width: int = Field(default=1, ge=1, le=64)
     tokens_per_block: int = Field(default=64, ge=1, le=1024)
     tp_size: int = Field(default=1, ge=1)
+    max_lora_rank: int = Field(default=0, ge=0, le=4096, description="largest rank of an adapter; 0 takes none")
+    max_loras: int = Field(default=_MAX_LORAS, ge=1, le=1024, description="adapters that are loaded at once")
+    lora_target_modules: tuple[str, ...] = Field(
+        default=(), description="layers that adapters may change, by the checkpoint's or the classic names; empty: all"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="validated by the backend")
 
     @model_validator(mode="before")
@@ -51,6 +58,8 @@ class BuildConfig(Config):
             raise ValueError(
                 f"max_num_tokens ({self.max_num_tokens}) must be at least max_batch_size ({self.max_batch_size})"
             )
+        if not self.max_lora_rank and (self.lora_target_modules or self.max_loras != _MAX_LORAS):
+            raise ValueError("max_loras and lora_target_modules need max_lora_rank, the largest rank of an adapter")
         return self
 
 
@@ -69,6 +78,13 @@ class RankFile(Config):
     bytes: int = Field(ge=0)
 
 
+class LoraLayer(Config):
+    """A linear layer that adapters may change, in sizes of the whole model."""
+
+    inputs: int = Field(gt=0)
+    rows: tuple[int, ...] = Field(description="output features that each tensor of the weight map makes, in order")
+
+
 class EngineConfig(Config):
     """``config.json`` of an engine directory: all that must be known, and checked, before weights are touched."""
 
@@ -80,6 +96,9 @@ class EngineConfig(Config):
     model: ModelConfig
     build: BuildConfig
     ranks: tuple[RankFile, ...] = ()
+    lora_layers: dict[str, LoraLayer] = Field(
+        default_factory=dict, description="layers that adapters may change, by their names in the family's module"
+    )
     quantization: dict[str, Any] | None = None
     source: str = Field(default="", description="what it was built from, for people")
     source_digest: str = Field(default="", description="fingerprint of the checkpoint's files")

@@ -14,6 +14,7 @@ from trtllm_core.checkpoint import Checkpoint, open_checkpoint
 from trtllm_core.checkpoint.fingerprint import fingerprint
 from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider, RankFile
 from trtllm_core.engine.directory import holds_engine, write_config
+from trtllm_core.engine.lora import lora_layers
 from trtllm_core.engine.shards import check_weight_map, rank_weights
 from trtllm_core.errors import ConfigError
 from trtllm_core.parallel import TensorParallel
@@ -42,7 +43,7 @@ def plan_engine(
     """All that can be known and refused before weights are read: the engine's config, its family and backend.
 
     Raises:
-        ConfigError: limits that the model cannot serve.
+        ConfigError: limits that the model cannot serve, or adapters that the model has no layers for.
     """
     family, source = family_of(checkpoint, plugins)
     model = family.config(checkpoint)
@@ -50,6 +51,7 @@ def plan_engine(
     build = resolve_limits(build, model)
     entry = plugins.backends.get(build.backend, plugins.missing_hint("backend", build.backend))
     backend = entry.load()()
+    layers = lora_layers(family, model, build, checkpoint) if build.max_lora_rank else {}
     config = EngineConfig(
         core_version=__version__,
         family=Provider(name=family.name, distribution=source.distribution, version=source.version),
@@ -57,6 +59,7 @@ def plan_engine(
         contract=backend.contract,
         model=model,
         build=build,
+        lora_layers=layers,
         source=checkpoint.path.name,
         source_digest=fingerprint(checkpoint.path),
     )

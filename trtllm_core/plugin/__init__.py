@@ -33,7 +33,7 @@ Its ``pyproject.toml`` names the module in the entry-point group, and the core t
 While it is not installed, ``Plugins.load(extra=[my_plugin])`` loads it.
 '''
 
-from trtllm_core.plugin.backend import Availability, Backend, Capabilities, Executable, TensorSpec
+from trtllm_core.plugin.backend import Availability, Backend, Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.decoder import (
     BranchPlan,
     Decoder,
@@ -142,6 +142,7 @@ __all__ = [
     "LogitsProcessor",
     "LogitsProcessorRegistrar",
     "LogitsProcessorSpecs",
+    "LowRank",
     "ModelFamily",
     "ModelFamilyRegistrar",
     "ModelFamilySpecs",

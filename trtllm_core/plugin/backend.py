@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from trtllm_core.errors import BackendError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -43,6 +45,8 @@ class Capabilities:
     hidden_states: bool = False
     batch_invariant: bool = False
     """A row's logits do not depend on what else is in the batch, bit for bit."""
+    lora: bool = False
+    """It takes adapters: ``put_adapter``, and the input ``lora_ids``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,20 @@ class TensorSpec:
     is_input: bool = True
     minimum: tuple[int, ...] = ()
     maximum: tuple[int, ...] = ()
+    optional: bool = False
+    """An input that a call may leave out."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to some output features of one linear layer of a rank: ``b @ a @ x``."""
+
+    a: torch.Tensor
+    """``[r, in]``: the rank's input features."""
+    b: torch.Tensor
+    """``[out, r]``, scaled."""
+    start: int
+    """The layer's output feature to which the first row of ``b`` is added."""
 
 
 class Executable(ABC):
@@ -85,6 +103,16 @@ class Executable(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank."""
+
+    def put_adapter(self, index: int, adapter: Mapping[str, Sequence[LowRank]]) -> None:
+        """Keep an adapter for rows whose ``lora_ids`` say ``index``, instead of any before it; an empty one drops it.
+
+        Called between runs. ``adapter`` is by layer: names of the family's module, such as ``layers.0.mlp.down``.
+
+        Raises:
+            BackendError: this backend takes no adapters.
+        """
+        raise BackendError(f"backend {self.config.backend.name!r} takes no LoRA adapters")
 
     def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` on every rank of the engine, which all call it alike. An engine of one rank: itself."""

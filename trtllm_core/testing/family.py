@@ -13,11 +13,13 @@ import torch
 from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, SamplingConfig
 from trtllm_core.engine.build import family_of
+from trtllm_core.engine.lora import lora_parts
 from trtllm_core.errors import CheckpointError
 from trtllm_core.parallel import TensorParallel, run_ranks
 from trtllm_core.plugin import Plugins
 from trtllm_core.runner import ModelRunner
 from trtllm_core.session import Session
+from trtllm_core.testing.adapters import AdaptedModel, adapted_logits
 from trtllm_core.testing.packed import PackedRows, prefill_and_decode
 from trtllm_core.testing.reference import LIMITS, STEPS, ReferenceModel, oracle
 from trtllm_core.testing.weight_map import check_module_is_filled, check_weights_are_used_once
@@ -163,6 +165,21 @@ class ModelFamilyConformance:
         assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True)), "the ranks' logits differ"
         expected = [full[: len(ids)] for full, ids in zip(reference.expected, prompts, strict=True)]
         self.check(reference, ranks[0], expected)
+
+    def test_adapters(self, reference: ReferenceModel, tmp_path: Path) -> None:
+        """LoRA adapters on every linear layer answer as peft's do, mixed in one batch. Skipped without peft."""
+        pytest.importorskip("peft")
+        session = Session.from_directory(reference.engine(max_lora_rank=4), plugins=reference.plugins)
+        family = family_of(open_checkpoint(reference.path), reference.plugins)[0]
+        parts = lora_parts(family, session.config.model, session.config.lora_layers)
+        layers = sorted({part.module.split(".", 1)[-1] for part in parts})
+        assert layers, "the family's module has no linear layers that adapters could change"
+        model, choices = AdaptedModel(reference.model, tmp_path), [0, 1, -1, 0]
+        paths = [model.add("0", layers, lora_alpha=4), model.add("1", layers[::2], rank=3)]
+        prompts = [ids[: len(ids) - STEPS + 4] for ids in reference.prompts]
+        ours = adapted_logits(session, reference.plugins, paths, choices, prompts, 4)
+        pairs = zip(choices, prompts, strict=True)
+        self.check(reference, ours, [model.logits(str(one) if one >= 0 else None, ids) for one, ids in pairs])
 
     def test_dtypes(self, calm: ReferenceModel) -> None:
         """Half precision, against float32 arithmetic on the same rounded weights."""

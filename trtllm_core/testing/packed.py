@@ -56,6 +56,8 @@ class PackedRows:
         self.blocks = blocks.reshape(count, per_row)
         self.lengths = np.zeros(count, np.int32)
         """Tokens in each row's cache."""
+        self.lora_ids = np.full(count, -1, np.int32)
+        """Each row's adapter; -1: none. Engines that take none are not told."""
 
     def inputs(self, tokens: Mapping[int, Sequence[int]]) -> dict[str, torch.Tensor]:
         """The input tensors of one call that appends ``tokens[row]`` to each row, in the order of the mapping."""
@@ -65,6 +67,7 @@ class PackedRows:
         positions = [np.arange(p, p + n, dtype=np.int64) for p, n in zip(past, counts, strict=True)]
         used = -(-(past + counts) // self.plan.tokens_per_block)
         tables = np.where(np.arange(self.blocks.shape[1]) < used[:, None], self.blocks[rows], -1).astype(np.int32)
+        lora = self.session.engine.capabilities.lora
         return {
             "input_ids": torch.tensor([i for ids in tokens.values() for i in ids], dtype=torch.int32),
             "position_ids": torch.from_numpy(np.concatenate(positions)),
@@ -72,6 +75,7 @@ class PackedRows:
             "past_lengths": torch.from_numpy(past),
             "block_tables": torch.from_numpy(tables),
             "logits_indices": torch.arange(int(counts.sum())),
+            **({"lora_ids": torch.from_numpy(self.lora_ids[rows])} if lora else {}),
         }
 
     def run(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:

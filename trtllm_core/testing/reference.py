@@ -46,11 +46,12 @@ class ReferenceModel:
         randomise(self.model, gain)
         self.model.save_pretrained(self.path)
 
-    def engine(self, dtype: str | None = None, tp_size: int = 1) -> Path:
-        """Directory of the engine, built once."""
-        path = self.path.with_name(f"engine-{dtype}-{tp_size}")
+    def engine(self, dtype: str | None = None, tp_size: int = 1, **limits: Any) -> Path:
+        """Directory of the engine, built once. ``limits`` are fields of the build that differ from the others'."""
+        path = self.path.with_name("-".join(map(str, ("engine", dtype, tp_size, *limits.values()))))
         if not path.exists():
-            build_engine(self.path, path, self.limits.replace(dtype=dtype, tp_size=tp_size), plugins=self.plugins)
+            build = self.limits.replace(dtype=dtype, tp_size=tp_size, **limits)
+            build_engine(self.path, path, build, plugins=self.plugins)
         return path
 
     def session(self, dtype: str | None = None, **options: Any) -> Session:

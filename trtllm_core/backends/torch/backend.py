@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from trtllm_core.backends.torch.executable import TorchExecutable
-from trtllm_core.backends.torch.kernels import choose_kernels
+from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
+from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
+from trtllm_core.engine.lora import lora_sizes
 from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, write_weights
 from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
 from trtllm_core.nn import Alibi, RotaryEmbedding
@@ -98,8 +100,14 @@ class TorchBackend(Backend):
                 layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))
             elif isinstance(layer, Alibi):
                 layer.prepare(device)
-        choose_kernels(module, device, getattr(torch, config.model.dtype), batch_invariant, weights.evict)
-        return TorchExecutable(config, module, device, batch_invariant, parallel)
+        dtype = getattr(torch, config.model.dtype)
+        choose_kernels(module, device, dtype, batch_invariant, weights.evict)
+        lora = None
+        if config.lora_layers:
+            product = plain_product(device, dtype, batch_invariant)
+            sizes = lora_sizes(family, config, parallel)
+            lora = LoraBank(module, sizes, config.build, dtype, device, product, batch_invariant)
+        return TorchExecutable(config, module, device, batch_invariant, parallel, lora)
 
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
         """See ``Backend``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import nn
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host
 from trtllm_core.backends.torch.invariant import InvariantContext
+from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import Capabilities, Executable, TensorSpec
+from trtllm_core.plugin import Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
 
 T = TypeVar("T")
@@ -31,6 +33,7 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
     def vector(name: str, dtype: str, symbol: str, most: int) -> TensorSpec:
         return TensorSpec(name, dtype, (symbol,), True, (1,), (most,))
 
+    lora = () if not build.max_lora_rank else (replace(vector("lora_ids", "int32", "rows", rows), optional=True),)
     return (
         vector("input_ids", "int32", "tokens", tokens),
         vector("position_ids", "int64", "tokens", tokens),
@@ -38,6 +41,7 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
         vector("past_lengths", "int32", "rows", rows),
         TensorSpec("block_tables", "int32", ("rows", "blocks"), True, (1, 1), (rows, blocks)),
         vector("logits_indices", "int64", "asked", asked),
+        *lora,
         TensorSpec("logits", "float32", ("asked", config.vocab_size_padded), False),
     )
 
@@ -48,6 +52,7 @@ class TorchExecutable(Executable):
     Inputs: ``input_ids`` and ``position_ids`` ``[tokens]``, the rows' tokens one after another; ``query_lengths`` and
     ``past_lengths`` ``[rows]``, tokens of this call and tokens cached before it; ``block_tables [rows, blocks]``;
     ``logits_indices [asked]``, the tokens whose logits are wanted. Output: ``logits [asked, vocab_size_padded]``.
+    Engines built for adapters take ``lora_ids [rows]``, the index of each row's adapter, -1 for none.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class TorchExecutable(Executable):
         device: torch.device,
         batch_invariant: bool = False,
         parallel: TensorParallel | None = None,
+        lora: LoraBank | None = None,
     ) -> None:
         self.config = config
         self.module: Any = module
@@ -67,7 +73,9 @@ class TorchExecutable(Executable):
             dtypes=("float32", "bfloat16", "float16"),
             multi_position=True,
             batch_invariant=batch_invariant,
+            lora=lora is not None,
         )
+        self._lora = lora
         self._context = InvariantContext if batch_invariant else PagedContext
         self._pool: KVPool | None = None
         self._parallel = parallel or TensorParallel()
@@ -85,12 +93,22 @@ class TorchExecutable(Executable):
         self._require_pool().edit(edits)
 
     @torch.inference_mode()
+    def put_adapter(self, index: int, adapter: Mapping[str, Sequence[LowRank]]) -> None:
+        """See ``Executable``."""
+        if self._lora is None:
+            raise BackendError("the engine was not built for LoRA adapters: build it with max_lora_rank")
+        self._lora.put(index, adapter)
+
+    @torch.inference_mode()
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
         """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors."""
         pool = self._require_pool()
         batch = PackedBatch(inputs, pool.plan, self.device)
         positions = inputs["position_ids"].to(self.device, non_blocking=True)
         context = self._context(batch, pool, positions)
+        if self._lora is not None:
+            ids = inputs.get("lora_ids")
+            self._lora.begin(None if ids is None else host(ids), host(inputs["query_lengths"]))
         hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
         asked = inputs["logits_indices"]
         if not _is_all(asked, hidden.shape[0]):

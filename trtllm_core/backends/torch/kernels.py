@@ -36,7 +36,7 @@ def choose_kernels(
 
     ``evict`` is told of weights that were copied into another layout: see ``Weights.evict``.
     """
-    kernel = invariant_linear if batch_invariant else _fastest(device, dtype)
+    kernel = plain_product(device, dtype, batch_invariant)
     pack = kernel is functional.linear and can_pack(device, dtype)
     for layer in module.modules():
         if isinstance(layer, Linear):
@@ -50,7 +50,10 @@ def choose_kernels(
         layer.__dict__.update(layer._parameters | layer._modules)
 
 
-def _fastest(device: torch.device, dtype: torch.dtype) -> MatMul:
+def plain_product(device: torch.device, dtype: torch.dtype, batch_invariant: bool) -> MatMul:
+    """The product with a weight that stays as it is."""
+    if batch_invariant:
+        return invariant_linear
     slow_half = (
         device.type == "cpu" and dtype != torch.float32 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
     )
