@@ -325,6 +325,7 @@ def test_what_a_callback_raises_reaches_the_caller(runner):
         ({"medusa_choices": [[0]]}, ConfigError, "has no Medusa heads; for speculation choose a decoder; leave it out"),
         ({"benchmark_profiler": object()}, ConfigError, "no argument 'benchmark_profiler'"),
         ({"temperature": -1.0}, ConfigError, "temperature = -1.0"),
+        ({"output_sequence_lengths": True}, ConfigError, "no place for it; ask for return_dict=True"),
     ],
 )
 def test_refusals(runner, options, error, words):

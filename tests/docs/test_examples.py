@@ -13,9 +13,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import BranchView, CachedBlock, CommitBatch, Stop
+from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.markov import MarkovExecutable
 from trtllm_core.testing.vocabulary import byte_tokenizer
 
@@ -87,10 +88,10 @@ def test_top_a_is_left_out_of_a_greedy_request_and_refuses_wrong_parameters(runn
             runner.explain(SAMPLED.replace(logits_processors=use("top_a", **wrong)))
 
 
-def run(name: str, directory: Path) -> str:
+def run(name: str, directory: Path, *options: str) -> str:
     """Run an example as a user does, and return what it prints."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, *options, str(EXAMPLES / name)],
         cwd=directory,
         capture_output=True,
         text=True,
@@ -172,3 +173,35 @@ def test_once_first(capsys: pytest.CaptureFixture[str]) -> None:
     key = module["OnceFirst"]().key
     once, found = CachedBlock(1, 0, last_used=9), CachedBlock(1, 0, last_used=3, uses=1)
     assert key(once) < key(found)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``engine``, as the scripts of the migration page want it."""
+    directory = tmp_path_factory.mktemp("migration")
+    checkpoint = write_llama(directory / "checkpoint", vocab_size=256)
+    build_engine(str(checkpoint), directory / "engine", BuildConfig(max_batch_size=2, max_seq_len=64))
+    return directory
+
+
+def test_new_script(engine: Path) -> None:
+    answers = [
+        [int(token) for token in line.strip("[]").split(", ")] for line in run("new_script.py", engine).splitlines()
+    ]
+    assert [len(answer) for answer in answers] == [8, 8]
+    assert all(len(set(answer)) == 8 for answer in answers), "no token of an answer comes twice"
+
+
+def test_old_script_does_what_the_moved_one_does(engine: Path) -> None:
+    assert run("old_script.py", engine, "-m", "trtllm_core.compat") == run("new_script.py", engine)
+
+
+def test_other_processors(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "other_processors.py"))
+    lines = capsys.readouterr().out.splitlines()
+    for line, length in zip(lines, (8, 7), strict=True):
+        reason, matched, tokens = line.split(" ", 2)
+        assert (reason, matched) == ("stopping_criteria", "MaxLengthCriteria")
+        found = [int(token) for token in tokens.strip("()").split(", ")]
+        assert len(found) == len(set(found)) == length
+        assert all(token % 2 == 0 for token in found)

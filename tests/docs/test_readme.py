@@ -24,7 +24,14 @@ from trtllm_core.testing.markov import MarkovExecutable
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-PAGES = ("README.md", "docs/lifecycle.md", "docs/kv-cache.md", "docs/numbers.md", "docs/stopping.md")
+PAGES = (
+    "README.md",
+    "docs/lifecycle.md",
+    "docs/kv-cache.md",
+    "docs/numbers.md",
+    "docs/stopping.md",
+    "docs/migration.md",
+)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)]+)\)")
 
 

@@ -22,6 +22,7 @@ from trtllm_core.errors import (
     ConfigError,
     EngineCorruptError,
     EngineError,
+    EngineUnsupportedError,
     EngineVersionError,
     PluginNotFoundError,
 )
@@ -141,6 +142,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda e: (e / "config.json").write_text("{}"),
         EngineCorruptError,
         "it has no format_version",
+    ),
+    "of TensorRT-LLM": (
+        lambda e: (e / "config.json").write_text('{"version": "0.10.0", "pretrained_config": {}, "build_config": {}}'),
+        EngineUnsupportedError,
+        "of an engine of TensorRT-LLM, which only the release that built it can run: build one .* trtllm-core build",
+    ),
+    "of an older TensorRT-LLM": (
+        lambda e: (e / "config.json").write_text('{"builder_config": {}, "plugin_config": {}}'),
+        EngineUnsupportedError,
+        "of an engine of TensorRT-LLM",
     ),
     "a word for a number": (lambda e: edit(e, format_version="one"), EngineCorruptError, "it has no format_version"),
     "newer format": (

@@ -3,7 +3,8 @@
 The classic runtime called them in lockstep, with one row for each beam of each request, finished ones included. They
 may keep what they know by row and count on steps that rise by one, so that is what they are given here: rows stand at
 ``request * width + branch`` whoever else is in the batch, and requests that are at different steps (a prompt that
-waited for room) come in calls of their own.
+waited for room) come in calls of their own. The adapters are of the device kind, as they need all rows at once; but the
+host waits for the device in each step, as it did.
 """
 
 from __future__ import annotations

@@ -114,6 +114,9 @@ class _Member:
 class VLLMBatchProcessor(DeviceLogitsProcessor):
     """Runs an instance of vLLM's ``LogitsProcessor`` over the branches that use it.
 
+    It is of the device kind because it needs the whole batch at once; but vLLM has tokens in lists, so the host waits
+    for the device in each step.
+
     A request's sampling params are a namespace with the fields of its ``SamplingConfig`` and ``extra_args``. Branches
     that fork are members of their own, which start with the tokens that they have.
 

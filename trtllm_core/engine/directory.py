@@ -9,7 +9,13 @@ from packaging.version import Version
 from pydantic import ValidationError
 
 from trtllm_core.config import FORMAT_VERSION, EngineConfig
-from trtllm_core.errors import ConfigError, EngineCorruptError, EngineError, EngineVersionError
+from trtllm_core.errors import (
+    ConfigError,
+    EngineCorruptError,
+    EngineError,
+    EngineUnsupportedError,
+    EngineVersionError,
+)
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -52,11 +58,17 @@ def parse_config(text: str | bytes, where: str) -> EngineConfig:
 
     Raises:
         EngineVersionError, EngineCorruptError: as for ``read_config``.
+        EngineUnsupportedError: it is an engine of TensorRT-LLM.
     """
     try:
         raw = json.loads(text)
     except ValueError as error:
         raise EngineCorruptError(f"{where} is not valid JSON: {error}") from error
+    if isinstance(raw, dict) and raw.keys() & {"pretrained_config", "builder_config"}:
+        raise EngineUnsupportedError(
+            f"{where} is of an engine of TensorRT-LLM, which only the release that built it can run: build one of the "
+            "same checkpoint with trtllm-core build"
+        )
     if not isinstance(raw, dict) or not isinstance(raw.get("format_version"), int):
         raise EngineCorruptError(f"{where} is not the config of a trtllm-core engine: it has no format_version")
     if raw["format_version"] > FORMAT_VERSION:
