@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,28 @@ class ReferenceModel:
     def expected(self) -> list[torch.Tensor]:
         """transformers' logits at every position, sequence by sequence."""
         return oracle(self.model, self.prompts)
+
+
+def reference_models(
+    make: Callable[..., Any], folder: Callable[[str], Path], plugins: Plugins, default: str = ""
+) -> Callable[..., ReferenceModel]:
+    """``tiny(kind, gain, **changes)``: the reference model of ``make(kind, **changes)``, made once each.
+
+    Args:
+        make: gives a transformers config.
+        folder: gives a new folder by a name, as ``tmp_path_factory.mktemp``.
+        plugins: where the family is looked up.
+        default: the kind where none is given.
+    """
+    made: dict[str, ReferenceModel] = {}
+
+    def tiny(kind: str = default, gain: float = 1.5, **changes: Any) -> ReferenceModel:
+        key = f"{kind} {gain} {sorted(changes.items())}"
+        if key not in made:
+            made[key] = ReferenceModel(make(kind, **changes), folder(kind), plugins, gain)
+        return made[key]
+
+    return tiny
 
 
 def randomise(model: torch.nn.Module, gain: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from trtllm_core.plugin import Plugins
-from trtllm_core.testing.reference import ReferenceModel
+from trtllm_core.testing.reference import ReferenceModel, reference_models
 
 SMALL = {
     "vocab_size": 67,
@@ -33,7 +33,10 @@ OF_KIND: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
     "phi3": {"original_max_position_embeddings": 96, "pad_token_id": 0},
 }
-TinyFactory = Callable[..., ReferenceModel]
+
+
+def config(kind: str, **changes: Any) -> Any:
+    return CONFIGS[kind](**{**SMALL, **OF_KIND.get(kind, {}), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +45,6 @@ def plugins() -> Plugins:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> TinyFactory:
-    """``tiny(kind, **changes of its config)``, made once each."""
-    made: dict[str, ReferenceModel] = {}
-
-    def make(kind: str = "llama", gain: float = 1.5, **changes: Any) -> ReferenceModel:
-        key = f"{kind} {gain} {sorted(changes.items())}"
-        if key not in made:
-            config = CONFIGS[kind](**{**SMALL, **OF_KIND.get(kind, {}), **changes})
-            made[key] = ReferenceModel(config, tmp_path_factory.mktemp(kind), plugins, gain)
-        return made[key]
-
-    return make
+def tiny(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> Callable[..., ReferenceModel]:
+    """``tiny(kind, gain, **changes of its config)``, made once each."""
+    return reference_models(config, tmp_path_factory.mktemp, plugins, "llama")

@@ -1,0 +1,1 @@
+"""The GPT family for trtllm-core."""
