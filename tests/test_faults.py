@@ -96,12 +96,6 @@ class BadSampler(Sampler):
         return logits
 
 
-class Branching(Decoder):
-    def select(self, logits, batch):
-        tokens = logits.argmax(-1, keepdim=True)
-        return Selection(tokens, torch.ones(len(tokens), dtype=torch.int64), kill=[0])
-
-
 class Companions(DeviceLogitsProcessor):
     def apply(self, logits, batch):
         return None
@@ -161,7 +155,7 @@ class Bad:
 
     @hookimpl
     def trtllm_register_decoders(self, registrar):
-        for cls in (BadSampler, Branching, FloatSampler, OutsideSampler, Silent):
+        for cls in (BadSampler, FloatSampler, OutsideSampler, Silent):
             registrar.add(cls.__name__, cls)
 
 
@@ -194,7 +188,6 @@ GOOD = SamplingConfig(top_k=0, top_p=0.9, random_seed=3, end_id=(), max_new_toke
         ({"stopping_criteria": "StopFloat"}, PluginContractError, "'StopFloat' returned"),
         ({"stopping_criteria": "StopBool"}, PluginContractError, "'StopBool' returned"),
         ({"decoder": "BadSampler"}, PluginContractError, "one token for each"),
-        ({"decoder": "Branching"}, PluginContractError, "'Branching' wants to branch"),
         ({"decoder": "FloatSampler"}, PluginContractError, "'FloatSampler' returned torch.float32 .* as tokens"),
         ({"decoder": "OutsideSampler"}, PluginContractError, "'OutsideSampler' chose token 1000000, outside"),
         ({"decoder": "Silent"}, PluginContractError, "'Silent' chose 0 of 1 tokens"),

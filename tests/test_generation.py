@@ -201,8 +201,12 @@ def test_generation_session_checks_its_setup(plugins):
     with pytest.raises(ConfigError, match="window"):
         session.setup(1, 3, 4, max_attention_window_size=8)
     beams = MarkovExecutable(build=BuildConfig(max_seq_len=64, max_input_len=32, max_beam_width=4))
-    with pytest.raises(ConfigError, match="beam_width is 4"):
-        GenerationSession(None, Session(beams), plugins=plugins).setup(1, 3, 4, beam_width=4)
+    wide = GenerationSession(None, Session(beams), plugins=plugins)
+    with pytest.raises(CapacityError, match=r"beam_width is 5; .* 1 to 4"):
+        wide.setup(1, 3, 4, beam_width=5)
+    wide.setup(1, 3, 4, beam_width=2)
+    with pytest.raises(ConfigError, match="beam_width 2; decode got num_beams 3"):
+        wide.decode(ids[:1], lengths[:1], config.replace(num_beams=3))
 
 
 def test_stop_and_bad_words_of_decode(plugins):

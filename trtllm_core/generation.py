@@ -13,20 +13,14 @@ from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.detokenizer import TokenBytes
-from trtllm_core.decoding.plan import Plan, Planner
-from trtllm_core.decoding.request import Branch, Delta, Request
+from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.plan import Plan, Planner, offers
+from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.making import make_cache
 from trtllm_core.loop import StepLoop
-from trtllm_core.outputs import (
-    BatchIds,
-    GenerationOutput,
-    batch_result,
-    check_ids_suffice,
-    output_of,
-    partial_result,
-)
+from trtllm_core.outputs import BatchIds, batch_result, check_ids_suffice, outputs_of, partial_result
 from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
 from trtllm_core.plugin.observer import SessionStats
 from trtllm_core.properties import EngineProperties
@@ -84,7 +78,7 @@ class GenerationSession(EngineProperties):
         self.kv_config = kv_cache or KVCacheConfig()
         ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
         token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
-        planner = Planner(self.plugins, frozenset() if token_bytes is None else frozenset({"text"}))
+        planner = Planner(self.plugins, offers(token_bytes is not None), self.config.build)
         share = self.session.engine.broadcast
         branches = BranchTable(
             self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
@@ -92,7 +86,7 @@ class GenerationSession(EngineProperties):
         cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self._batch = StaticBatch(self.loop)
-        self._shape: tuple[int, int, int] | None = None
+        self._shape: tuple[int, int, int, int] | None = None
         self._closed = False
         self.plugins.on_session_start(self._stats())
 
@@ -111,11 +105,9 @@ class GenerationSession(EngineProperties):
 
         Raises:
             CapacityError: the engine was not built for that much.
-            ConfigError: a window, sinks or beams, which the engine's cache and decoders do not offer.
+            ConfigError: a window or sinks, which the engine's cache does not offer.
         """
         build = self.config.build
-        if beam_width != 1:
-            raise ConfigError(f"beam_width is {beam_width}, but no decoder here searches with beams: leave it at 1")
         if max_attention_window_size is not None or sink_token_length:
             raise ConfigError(
                 "max_attention_window_size and sink_token_length are not honoured by the KV policy "
@@ -123,12 +115,13 @@ class GenerationSession(EngineProperties):
             )
         for name, asked, most in (
             ("batch_size", batch_size, build.max_batch_size),
+            ("beam_width", beam_width, build.max_beam_width),
             ("max_context_length", max_context_length, build.max_input_len),
             ("max_context_length + max_new_tokens", max_context_length + max_new_tokens, build.max_seq_len),
         ):
             if not 1 <= asked <= most:
                 raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
-        self._shape = (batch_size, max_context_length, max_new_tokens)
+        self._shape = (batch_size, max_context_length, max_new_tokens, beam_width)
 
     def decode(
         self,
@@ -156,10 +149,12 @@ class GenerationSession(EngineProperties):
                 asked for, of what there is so far. An error is raised once all sequences have ended.
 
         Returns:
-            int32 ``[batch, 1, max_seq_len]`` of prompt and generated tokens, or with ``return_dict`` a dictionary
-            with ``output_ids``, ``sequence_lengths``, ``cum_log_probs``, ``log_probs``, ``finish_reasons`` and
-            ``outputs`` (a ``GenerationOutput`` each), the middle ones where they were asked for. With ``streaming``
-            an iterator over ``Delta``, whether or not ``return_dict`` is set, unless ``full`` says otherwise.
+            int32 ``[batch, sequences, max_seq_len]`` of prompt and generated tokens (as many sequences as a request
+            returns, best first), or with ``return_dict`` a dictionary with ``output_ids``, ``sequence_lengths`` and
+            ``cum_log_probs`` ``[batch, sequences]``, ``log_probs`` as the ids, each where it was asked for, and
+            ``finish_reasons`` and ``outputs`` (a ``GenerationOutput``) with one entry a sequence, request by request.
+            With ``streaming`` an iterator over ``Delta``, whether or not ``return_dict`` is set, unless ``full`` says
+            otherwise.
 
         Raises:
             ConfigError: ``setup`` was not called, or for less than this; or something was asked for that the result
@@ -199,13 +194,16 @@ class GenerationSession(EngineProperties):
 
     def decode_regular(self, requests: Sequence[Request]) -> Any:
         """Run requests to their ends. Returns as ``decode``."""
-        if any(request.sampling.return_dict for request in requests):
-            return batch_result(requests, self.outputs(requests), self.loop.branches.end_ids)
-        check_ids_suffice(requests)
-        outputs = self.outputs(requests)
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
+        if not any(request.sampling.return_dict for request in requests):
+            check_ids_suffice(requests)
+        started: dict[str, LiveRequest] = {}
+        for _ in self._batch.run(requests, started):
+            pass
+        outputs = [outputs_of(started[request.request_id]) for request in requests]
+        if not any(request.sampling.return_dict for request in requests):
+            for output in (one for row in outputs for one in row):
+                if output.error is not None:
+                    raise output.error
         return batch_result(requests, outputs, self.loop.branches.end_ids)
 
     def decode_stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
@@ -219,13 +217,6 @@ class GenerationSession(EngineProperties):
     def explain(self, sampling_config: SamplingConfig) -> Plan:
         """The plan that a request with this config would have."""
         return self.loop.branches.planner.plan(sampling_config)
-
-    def outputs(self, requests: Sequence[Request]) -> list[GenerationOutput]:
-        """Run requests to their ends. One output each, in order."""
-        branches: dict[str, Branch] = {}
-        for _ in self._batch.run(requests, branches):
-            pass
-        return [output_of(branches[request.request_id]) for request in requests]
 
     def close(self) -> None:
         """Tell the observers that the session is over, once."""
@@ -262,28 +253,31 @@ class GenerationSession(EngineProperties):
         """The whole result, as it stands, after each step that added something."""
         if not any(request.sampling.return_dict for request in requests):
             check_ids_suffice(requests)
-        batch = BatchIds(requests, self.loop.branches.end_ids)
+        widths = [self.loop.branches.plan(request).branching.returns for request in requests]
+        batch = BatchIds(requests, widths, self.loop.branches.end_ids)
         errors = []
-        branches: dict[str, Branch] = {}
-        with closing(self._batch.run(requests, branches)) as steps:
+        started: dict[str, LiveRequest] = {}
+        with closing(self._batch.run(requests, started)) as steps:
             for deltas in steps:
                 for delta in deltas:
-                    batch.add(int(delta.request_id), delta.tokens)
+                    batch.follow(delta)
                     errors += [delta.error] if delta.error is not None else []
                 if deltas:
-                    yield partial_result(requests, branches, batch.ids.clone())
+                    yield partial_result(requests, started, batch.ids.clone())
         if errors:
             raise errors[0]
 
     def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
         if self._shape is None:
             raise ConfigError("call setup(batch_size, max_context_length, max_new_tokens) before decode")
-        batch, context, new = self._shape
+        batch, context, new, beams = self._shape
         if len(prompts) != batch or max(map(len, prompts)) > context or sampling.max_new_tokens > new:
             raise ConfigError(
                 f"setup was for {batch} sequences of up to {context} + {new} tokens; decode got {len(prompts)} of up "
                 f"to {max(map(len, prompts))} + {sampling.max_new_tokens}"
             )
+        if sampling.num_beams > beams:
+            raise ConfigError(f"setup was for beam_width {beams}; decode got num_beams {sampling.num_beams}")
 
     def _stats(self) -> SessionStats:
         return SessionStats(

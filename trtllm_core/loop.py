@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from trtllm_core.decoding.branches import BranchTable
-from trtllm_core.decoding.request import Branch, Delta, Request
-from trtllm_core.decoding.stopping import Verdict
+from trtllm_core.decoding.committing import commit
+from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.kv_cache.cache import KVCache
-from trtllm_core.plugin import Plugins, Selection
+from trtllm_core.plugin import Plugins
 from trtllm_core.plugin.observer import StepStats
 from trtllm_core.session import Session
 
@@ -33,8 +34,8 @@ class Rows:
 class StepLoop:
     """Runs steps. Who runs in one, and when a request may start, is the caller's to say.
 
-    The road of a step: make room → run the engine → process the logits → choose → check for ends → commit → tell.
-    ``check`` changes nothing; state moves in ``commit`` alone.
+    The road of a step: make room → run the engine → process the logits → choose → check for ends → settle what goes
+    on → commit → tell. Up to ``settle`` nothing changes; state moves in ``commit`` alone.
     """
 
     def __init__(self, session: Session, cache: KVCache, branches: BranchTable, plugins: Plugins) -> None:
@@ -45,12 +46,14 @@ class StepLoop:
         self.plugins = plugins
         self.steps = 0
         self._vocab_size = config.model.vocab_size
-        self._logits = torch.zeros(config.build.max_batch_size, config.vocab_size_padded, device=session.device)
-        self._offsets = torch.zeros(config.build.max_batch_size, dtype=torch.int64, device=session.device)
+        self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
+        self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
 
     @torch.inference_mode()
-    def admit(self, request: Request) -> Branch | None:
-        """Give a request a slot, its plugins their state and its prompt its room; None: not now, none is free.
+    def admit(self, request: Request) -> LiveRequest | None:
+        """Give a request slots, its plugins their state and its prompt its room; None: not now, none is free.
+
+        One whose plugins failed comes back with ``error`` set: ``end`` it.
 
         Raises:
             CapacityError: it could not run even alone.
@@ -67,30 +70,42 @@ class StepLoop:
         self.cache.extend(rows.slots, rows.counts)
         logits = self._run(rows)
         self.cache.commit(rows.slots, rows.counts)
-        asking = rows.slots[rows.asking]
-        deltas = []
-        if len(asking):
-            slot = torch.from_numpy(asking).to(self.session.device, non_blocking=True)
-            self.branches.pipeline.prepare(asking.tolist())
-            scores = self.branches.pipeline.apply(logits, slot, self._offsets[: len(asking)])
-            # A sampler may overwrite what it is given; who looks at the scores afterwards must find them as they were.
-            looks = self.branches.wants_log_probs or self.branches.rules.wants_logits
-            given = scores.clone() if looks else scores
-            selection = self.branches.choosers.select(given, slot, self._offsets[: len(asking)])
-            verdict = self.branches.rules.check(selection, slot, asking.tolist(), scores)
-            deltas = self._commit(asking, slot, scores, selection, verdict)
+        deltas = self._choose(rows.slots[rows.asking].tolist(), logits) if rows.asking.any() else []
         self._observe(rows, generation, started)
         return deltas
 
     @torch.inference_mode()
-    def release(self, slot: int) -> None:
-        """A branch is over: its slot and its blocks are free at once. What ended well is left for others to reuse."""
-        keep = self.branches.live[slot].finish_reason not in ("plugin_error", "cancelled")
-        over = np.array([max(self.cache.cached[slot] - self.branches.slots.lengths[slot], 0)])
-        if keep and over.any():  # drafts behind a stop: what is kept must be the text
-            self.cache.rewind(np.array([slot]), over)
-        self.branches.release(slot)
-        self.cache.release(np.array([slot]), keep)
+    def end(self, live: LiveRequest, reason: str) -> list[Delta]:
+        """End a request around its branches: they stay as they are, with ``reason``."""
+        deltas = self.branches.end(live, reason)
+        self._release()
+        return deltas
+
+    def _choose(self, slots: list[int], logits: torch.Tensor) -> list[Delta]:
+        """Next tokens for ``slots`` from their raw logits, float32 ``[n, vocab_size_padded]``."""
+        branches = self.branches
+        if branches.unborn and (origin := branches.born(slots, self.cache)) is not None:
+            logits = logits[origin]
+        slot, offset = torch.tensor(slots).to(self.session.device, non_blocking=True), self._offsets[: len(slots)]
+        branches.pipeline.prepare(slots)
+        scores = branches.pipeline.apply(logits, slot, offset)
+        # A sampler may overwrite what it is given; who looks at the scores afterwards must find them as they were.
+        given = scores.clone() if branches.wants_log_probs or branches.rules.wants_logits else scores
+        choice = branches.choosers.select(given, slot, offset, slots)
+        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, scores, choice.source)
+        deltas = commit(branches, self.cache, branches.settle(choice, verdict, scores))
+        self._release()
+        return deltas
+
+    def _release(self) -> None:
+        """What has ended leaves: its slots and its blocks are free at once. What ended well is left for others to reuse."""
+        for slot in self.branches.take_left():
+            keep = self.branches.owners[slot].ended_well
+            over = np.array([max(self.cache.cached[slot] - self.branches.slots.lengths[slot], 0)])
+            if keep and over.any():  # drafts behind a stop: what is kept must be the text
+                self.cache.rewind(np.array([slot]), over)
+            self.branches.release(slot)
+            self.cache.release(np.array([slot]), keep)
 
     def _rows(self, slots: Sequence[int], counts: Sequence[int]) -> Rows:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
@@ -118,19 +133,10 @@ class StepLoop:
             logits[:, self._vocab_size :] = torch.finfo(torch.float32).min
         return logits
 
-    def _commit(
-        self, slots: np.ndarray, slot: torch.Tensor, scores: torch.Tensor, selection: Selection, verdict: Verdict
-    ) -> list[Delta]:
-        """The chosen tokens, cut where a row ends, become history everywhere; what ended is released."""
-        deltas = self.branches.commit(slots, slot, scores, selection, verdict)
-        for branch in self.branches.take_finished():
-            self.release(branch.slot)
-        return deltas
-
     def _generation_tokens(self, rows: Rows) -> int:
         """Tokens of rows whose whole prompt is in the cache before the step."""
         past = self.cache.cached[rows.slots]
-        prompts = np.array([len(self.branches.live[slot].request.prompt) for slot in rows.slots.tolist()])
+        prompts = np.array([len(self.branches.owners[slot].request.prompt) for slot in rows.slots.tolist()])
         return int(rows.counts[past >= prompts].sum())
 
     def _observe(self, rows: Rows, generation: int, started: float) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from trtllm_core.decoding.request import Branch, Request
+from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.errors import ConfigError, listing
 
 
@@ -32,26 +33,41 @@ class GenerationOutput:
     cached_prompt_tokens: int = 0
     """Tokens of the prompt that were in the KV cache already: computing began after them."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
-    """Host seconds that each of its plugins took for it. A call for several requests is shared equally by those that
-    use the plugin then."""
+    """Host seconds that each of its plugins took for its request. A call for several requests is shared equally by
+    the branches that use the plugin then."""
+    request_id: str = ""
+    sequence: int = 0
+    """Which of the sequences that its request returns; 0 is the best."""
+    cum_log_prob: float = 0.0
+    """Where log-probabilities were asked for, or a search ran: as the decoder counts."""
+    score: float = 0.0
+    """What a search ranked it by."""
 
 
-def output_of(branch: Branch) -> GenerationOutput:
-    """What a finished branch leaves."""
-    assert branch.finish_reason is not None
-    return GenerationOutput(
-        prompt=tuple(branch.request.prompt),
-        tokens=tuple(branch.generated),
-        length=branch.length,
-        finish_reason=branch.finish_reason,
-        seed=branch.request.seed,
-        text=branch.text,
-        log_probs=tuple(branch.log_probs),
-        error=branch.error,
-        matched=None if branch.stop is None else branch.stop.matched,
-        cached_prompt_tokens=branch.cached_prompt,
-        plugin_seconds=branch.plugin_seconds,
-    )
+def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
+    """What a request leaves that is over: its sequences, best first."""
+    request = live.request
+    prompt = tuple(request.prompt)
+    return [
+        GenerationOutput(
+            prompt=prompt,
+            tokens=tuple(one.tokens),
+            length=len(prompt) + one.length,
+            finish_reason=one.reason,
+            seed=request.seed,
+            text=one.text,
+            log_probs=tuple(one.log_probs),
+            error=live.error if one.reason == "plugin_error" else None,
+            matched=None if one.stop is None else one.stop.matched,
+            cached_prompt_tokens=live.cached_prompt,
+            plugin_seconds=live.plugin_seconds,
+            request_id=request.request_id,
+            sequence=number,
+            cum_log_prob=one.cum_log_prob,
+            score=one.score,
+        )
+        for number, one in enumerate(live.sequences or ())
+    ]
 
 
 def check_ids_suffice(requests: Sequence[Request]) -> None:
@@ -68,70 +84,105 @@ def check_ids_suffice(requests: Sequence[Request]) -> None:
 
 
 class BatchIds:
-    """``output_ids``, int32 ``[batch, 1, max_seq_len]``: filled with the padding token and written as tokens come."""
+    """``output_ids``, int32 ``[batch, sequences, max_seq_len]``: filled with the padding token and written as tokens
+    come. Where requests return different numbers of sequences, rows that are nobody's are padding."""
 
-    def __init__(self, requests: Sequence[Request], end_ids: Sequence[int]) -> None:
+    def __init__(self, requests: Sequence[Request], widths: Sequence[int], end_ids: Sequence[int]) -> None:
         longest = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
-        self.ids = torch.zeros(len(requests), 1, longest, dtype=torch.int32)
-        self.ends = [len(request.prompt) for request in requests]
-        for row, request in zip(self.ids[:, 0], requests, strict=True):
+        self.ids = torch.zeros(len(requests), max(widths), longest, dtype=torch.int32)
+        self._prompts = [len(request.prompt) for request in requests]
+        self._ends = [[len(request.prompt)] * max(widths) for request in requests]
+        self._pads = []
+        for rows, request, width in zip(self.ids, requests, widths, strict=True):
             ends = end_ids if request.sampling.end_id is None else request.sampling.end_id
             pad = request.sampling.pad_id
-            row.fill_((ends[0] if ends else 0) if pad is None else pad)
-            row[: len(request.prompt)] = torch.tensor(request.prompt)
+            self._pads.append((ends[0] if ends else 0) if pad is None else pad)
+            rows.fill_(self._pads[-1])
+            rows[:width, : len(request.prompt)] = torch.tensor(request.prompt)
 
-    def add(self, index: int, tokens: Sequence[int]) -> None:
-        """Write the next tokens of a sequence."""
-        end = self.ends[index]
-        self.ids[index, 0, end : end + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        self.ends[index] = end + len(tokens)
+    def add(self, index: int, tokens: Sequence[int], sequence: int = 0, keep: int | None = None) -> None:
+        """Write the next tokens of a sequence, after the first ``keep`` generated ones; None: after all."""
+        ends, row = self._ends[index], self.ids[index, sequence]
+        if keep is not None:
+            row[self._prompts[index] + keep : ends[sequence]] = self._pads[index]
+            ends[sequence] = self._prompts[index] + keep
+        end = ends[sequence]
+        row[end : end + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        ends[sequence] = end + len(tokens)
+
+    def follow(self, delta: Delta) -> None:
+        """Do what a delta says; its ``request_id`` is the index in the batch."""
+        self.add(int(delta.request_id), delta.tokens, delta.sequence, delta.keep)
 
 
 def batch_result(
-    requests: Sequence[Request], outputs: Sequence[GenerationOutput], end_ids: Sequence[int]
+    requests: Sequence[Request], outputs: Sequence[Sequence[GenerationOutput]], end_ids: Sequence[int]
 ) -> torch.Tensor | dict[str, Any]:
-    """The classic result: the ids, or a dictionary where any request says ``return_dict``."""
-    batch = BatchIds(requests, end_ids)
-    for i, output in enumerate(outputs):
-        batch.add(i, output.tokens)
+    """The classic result: the ids, or a dictionary where any request says ``return_dict``. ``outputs`` are those of
+    each request."""
+    batch = BatchIds(requests, list(map(len, outputs)), end_ids)
+    every = [output for row in outputs for output in row]
+    for i, row in enumerate(outputs):
+        for output in row:
+            batch.add(i, output.tokens, output.sequence)
     if not any(r.sampling.return_dict for r in requests):
         return batch.ids
     result: dict[str, Any] = {
         "output_ids": batch.ids,
-        "finish_reasons": [output.finish_reason for output in outputs],
-        "outputs": list(outputs),
+        "finish_reasons": [output.finish_reason for output in every],
+        "outputs": every,
     }
-    lengths = [output.length for output in outputs]
-    return result | _asked_for(requests, batch.ids, lengths, [output.log_probs for output in outputs])
+    numbers = [{o.sequence: (o.length, o.log_probs, o.cum_log_prob) for o in row} for row in outputs]
+    return result | _asked_for(requests, batch.ids, numbers)
 
 
 def partial_result(
-    requests: Sequence[Request], branches: Mapping[str, Branch], ids: torch.Tensor
+    requests: Sequence[Request], started: Mapping[str, LiveRequest], ids: torch.Tensor
 ) -> torch.Tensor | dict[str, Any]:
-    """The classic result of a batch that still runs: of each branch what there is so far.
+    """The classic result of a batch that still runs: of each sequence what there is so far.
 
-    ``branches`` are those that have started, by request; ``ids`` is ``output_ids`` as it stands.
+    ``started`` are the requests that have started, by id; ``ids`` is ``output_ids`` as it stands.
     """
     if not any(r.sampling.return_dict for r in requests):
         return ids
-    started = [branches.get(request.request_id) for request in requests]
-    lengths = [len(r.prompt) if b is None else b.length for r, b in zip(requests, started, strict=True)]
-    chances = [() if branch is None else branch.log_probs for branch in started]
-    return {"output_ids": ids} | _asked_for(requests, ids, lengths, chances)
+    numbers: list[dict[int, _Numbers]] = []
+    for request in requests:
+        live, prompt = started.get(request.request_id), len(request.prompt)
+        shown = {} if live is None else live.standing()
+        numbers.append({i: (prompt + one.length, one.log_probs, one.cum_log_prob) for i, one in shown.items()})
+        if live is None:
+            numbers[-1][0] = prompt, (), 0.0
+    return {"output_ids": ids} | _asked_for(requests, ids, numbers)
+
+
+_Numbers = tuple[int, Sequence[float], float]
+"""Length, log-probabilities and their sum."""
 
 
 def _asked_for(
-    requests: Sequence[Request], ids: torch.Tensor, lengths: Sequence[int], chances: Sequence[Sequence[float]]
+    requests: Sequence[Request], ids: torch.Tensor, numbers: Sequence[Mapping[int, _Numbers]]
 ) -> dict[str, torch.Tensor]:
-    """The entries that some request asked for: lengths of the sequences, log-probabilities of their new tokens."""
-    result = {}
-    if any(r.sampling.output_sequence_lengths for r in requests):
-        result["sequence_lengths"] = torch.tensor([[length] for length in lengths], dtype=torch.int32)
-    if any(r.sampling.output_cum_log_probs for r in requests):
-        result["cum_log_probs"] = torch.tensor([[float(sum(each))] for each in chances])
-    if any(r.sampling.output_log_probs for r in requests):
-        result["log_probs"] = torch.zeros(ids.shape)
-        for row, request, each in zip(result["log_probs"][:, 0], requests, chances, strict=True):
+    """The entries that some request asked for: lengths of the sequences, log-probabilities of their new tokens.
+
+    ``numbers`` are by request and sequence.
+    """
+    wanted = {
+        "sequence_lengths": ("output_sequence_lengths", ids.shape[:2], torch.int32),
+        "cum_log_probs": ("output_cum_log_probs", ids.shape[:2], torch.float32),
+        "log_probs": ("output_log_probs", ids.shape, torch.float32),
+    }
+    result = {
+        name: torch.zeros(shape, dtype=dtype)
+        for name, (field_name, shape, dtype) in wanted.items()
+        if any(getattr(r.sampling, field_name) for r in requests)
+    }
+    for i, (request, row) in enumerate(zip(requests, numbers, strict=True)):
+        for sequence, (length, log_probs, total) in row.items():
             start = len(request.prompt)
-            row[start : start + len(each)] = torch.tensor(each)
+            if "sequence_lengths" in result:
+                result["sequence_lengths"][i, sequence] = length
+            if "cum_log_probs" in result:
+                result["cum_log_probs"][i, sequence] = total
+            if "log_probs" in result:
+                result["log_probs"][i, sequence, start : start + len(log_probs)] = torch.tensor(log_probs)
     return result

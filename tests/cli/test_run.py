@@ -17,7 +17,7 @@ def records(result) -> list[dict]:
 
 def test_json_has_everything_of_a_result(cli: Callable, tiny_engine: Path) -> None:
     (record,) = records(cli("run", tiny_engine, "hello", "--json", *SHORT, "--seed", "7"))
-    assert list(record) == ["prompt", "text", "tokens", "finish_reason", "seed", "matched", "error"]
+    assert list(record) == ["prompt", "sequence", "text", "tokens", "finish_reason", "seed", "matched", "error"]
     assert record["prompt"] == "hello"
     assert len(record["tokens"]) == 4
     assert (record["finish_reason"], record["seed"], record["error"]) == ("length", 7, None)

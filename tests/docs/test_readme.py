@@ -254,7 +254,6 @@ def test_no_figure_without_its_command(name: str) -> None:
     "field",
     [
         {"num_beams": 2},
-        {"num_return_sequences": 2},
         {"max_attention_window_size": 64},
         {"sink_token_length": 4},
         {"decoder": "medusa"},

@@ -128,7 +128,7 @@ BAD = {
         hook_api = "backend>=1.0"
         @hookimpl
         def trtllm_register_decoders(registrar): ...""",
-    "offers decoder 1.0. To mend it: pip install --upgrade trtllm-core": """
+    "offers decoder 1.1. To mend it: pip install --upgrade trtllm-core": """
         hook_api = "decoder>=1.7"
         @hookimpl
         def trtllm_register_decoders(registrar): ...""",

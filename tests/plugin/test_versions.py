@@ -75,7 +75,7 @@ def test_unknown_kind() -> None:
 def test_bad_declarations_say_which_line_to_add(hook_api: object) -> None:
     with pytest.raises(PluginLoadError) as caught:
         check_hook_api(hook_api, ["decoder"], DRY)
-    assert 'add the line hook_api = "decoder>=1.0,<2"' in str(caught.value)
+    assert 'add the line hook_api = "decoder>=1.1,<2"' in str(caught.value)
 
 
 def test_local_plugin_is_not_to_be_installed() -> None:

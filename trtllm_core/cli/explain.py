@@ -25,13 +25,12 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain a request's pipeline: order, providers, who honours each field, what was left out. Loads no weights."""
-    from trtllm_core.decoding.plan import Planner
+    from trtllm_core.decoding.plan import Planner, offers
     from trtllm_core.engine.directory import TOKENIZER, read_config
     from trtllm_core.plugin import Plugins
 
     config, plugins, request = read_config(engine), Plugins.load(), sampling.config()
-    offers = frozenset({"text"}) if (engine / TOKENIZER).is_file() else frozenset()
-    plan = Planner(plugins, offers).plan(request)
+    plan = Planner(plugins, offers((engine / TOKENIZER).is_file()), config.build).plan(request)
     facts = engine_facts(config, plugins, kv_policy)
     if as_json:
         print_json({"engine": facts, **plan_record(plan, request)})

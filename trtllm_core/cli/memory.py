@@ -54,8 +54,8 @@ def plan_memory(config: EngineConfig, weights: list[int]) -> MemoryPlan:
         weights_all_ranks=sum(weights),
         kv_per_token=per_token,
         kv_per_sequence=per_sequence,
-        kv_at_limits=build.max_batch_size * per_sequence,
-        logits=2 * build.max_batch_size * config.vocab_size_padded * 4,
+        kv_at_limits=build.max_branches * per_sequence,
+        logits=2 * build.max_branches * config.vocab_size_padded * 4,
     )
 
 

@@ -77,7 +77,7 @@ def facts(config: EngineConfig, needed: MemoryPlan, memory: int | None = None) -
         ("weights", f"{size(needed.weights)} {config.model.dtype}"),
         ("KV per token", f"{size(needed.kv_per_token)} {config.kv_dtype}"),
         ("KV per sequence", f"{size(needed.kv_per_sequence)} ({build.max_seq_len} tokens)"),
-        ("KV at limits", f"{size(needed.kv_at_limits)} ({build.max_batch_size} sequences)"),
+        ("KV at limits", f"{size(needed.kv_at_limits)} ({build.max_branches} sequences)"),
         ("logits", size(needed.logits)),
         ("in all", f"{size(needed.total)}, and activations"),
     ]

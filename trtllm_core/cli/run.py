@@ -147,12 +147,18 @@ def _outputs(runner: ModelRunner, jobs: Sequence[Job]) -> Iterator[tuple[Job, Ge
         result = runner.generate(
             [job.tokens for job in batch], [job.sampling for job in batch], text=True, return_dict=True
         )
-        yield from zip(batch, result["outputs"], strict=True)
+        yield from ((batch[int(output.request_id)], output) for output in result["outputs"])
 
 
 def _stream(runner: ModelRunner, jobs: Sequence[Job]) -> bool:
     """Print each prompt's text as it comes. Returns whether one failed."""
     failed = False
+    for job in jobs:
+        plan = runner.explain(job.sampling)
+        if plan.ranked or plan.branching.returns > 1:
+            raise ConfigError(
+                "--stream prints one text as it grows; this request has several, or revises it: leave it out"
+            )
     for job in jobs:
         if len(jobs) > 1:
             _print_header(job)
@@ -172,6 +178,7 @@ def _print_header(job: Job) -> None:
 def _record(job: Job, output: GenerationOutput) -> dict[str, Any]:
     return {
         "prompt": job.prompt,
+        "sequence": output.sequence,
         "text": output.text,
         "tokens": list(output.tokens),
         "finish_reason": output.finish_reason,

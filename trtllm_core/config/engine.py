@@ -27,7 +27,7 @@ class BuildConfig(Config):
     max_input_len: int = Field(default=1024, ge=1)
     max_seq_len: int = Field(default=2048, ge=2, description="prompt and generated tokens together")
     max_num_tokens: int = Field(default=4096, ge=1, description="most tokens that one step may run")
-    max_beam_width: int = Field(default=1, ge=1, le=64)
+    max_beam_width: int = Field(default=1, ge=1, le=64, description="most branches that a search may have")
     tokens_per_block: int = Field(default=64, ge=1, le=1024)
     tp_size: int = Field(default=1, ge=1)
     max_lora_rank: int = Field(default=0, ge=0, le=4096, description="largest rank of an adapter; 0 takes none")
@@ -54,13 +54,19 @@ class BuildConfig(Config):
                 f"max_input_len ({self.max_input_len}) must be below max_seq_len ({self.max_seq_len}), "
                 "or no token could be generated"
             )
-        if self.max_num_tokens < self.max_batch_size:
+        if self.max_num_tokens < self.max_branches:
+            beams = f" times max_beam_width ({self.max_beam_width})" if self.max_beam_width > 1 else ""
             raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be at least max_batch_size ({self.max_batch_size})"
+                f"max_num_tokens ({self.max_num_tokens}) must be at least max_batch_size ({self.max_batch_size}){beams}"
             )
         if not self.max_lora_rank and (self.lora_target_modules or self.max_loras != _MAX_LORAS):
             raise ValueError("max_loras and lora_target_modules need max_lora_rank, the largest rank of an adapter")
         return self
+
+    @property
+    def max_branches(self) -> int:
+        """Live sequences that run together, each of them in a slot: ``max_batch_size`` times ``max_beam_width``."""
+        return self.max_batch_size * self.max_beam_width
 
 
 class Provider(Config):
@@ -120,6 +126,6 @@ class KVCacheConfig(Config):
 
     policy: str = Field(default="paged", description="a registered KV allocation policy")
     max_tokens: int | None = Field(
-        default=None, ge=1, description="tokens of room; None holds max_batch_size sequences of max_seq_len"
+        default=None, ge=1, description="tokens of room; None holds max_batch_size times max_beam_width of max_seq_len"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="validated by the policy")

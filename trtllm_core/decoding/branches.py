@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from trtllm_core.config import EngineConfig
+from trtllm_core.decoding.choice import Choice, Outcome
 from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
+from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
-from trtllm_core.decoding.plan import Planner
+from trtllm_core.decoding.plan import Plan, PlanItem, Planner
 from trtllm_core.decoding.random import slot_key
-from trtllm_core.decoding.request import Branch, Delta, Request
-from trtllm_core.decoding.samplers import log_probs
+from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.decoding.slots import Slots
-from trtllm_core.decoding.stages import CommittedRows, Stages
+from trtllm_core.decoding.stages import Stages
 from trtllm_core.decoding.stopping import StoppingRules, Verdict
-from trtllm_core.errors import ConfigError, PluginContractError, PluginError
+from trtllm_core.decoding.telling import append, as_they_stand, ends
+from trtllm_core.errors import ConfigError, PluginError
 from trtllm_core.kv_cache.cache import KVCache
-from trtllm_core.plugin import BranchView, Selection
+from trtllm_core.plugin import BranchView, Hypothesis, Stop
 
 
 class BranchTable:
-    """Begins, commits and ends branches: slots, plugins and text stay in step with each other."""
+    """Begins, commits, forks and ends branches: slots, plugins and text stay in step with each other."""
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class BranchTable:
         self.planner = planner
         self.end_ids = end_ids
         self.slots = Slots(
-            build.max_batch_size,
+            build.max_branches,
             build.max_seq_len,
             config.model.vocab_size,
             config.vocab_size_padded,
@@ -50,13 +53,17 @@ class BranchTable:
             clock,
         )
         context, history = self.slots.context, self.slots.history
-        self.pipeline = LogitsPipeline(context, build.max_batch_size, history, debug)
+        self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
         self.choosers = Choosers(context)
         self.rules = StoppingRules(context, history)
         self.live: dict[int, Branch] = {}
+        """The branches that run, by slot."""
+        self.owners: dict[int, LiveRequest] = {}
+        """The requests, by slot, resting slots included."""
+        self.unborn: dict[int, LiveRequest] = {}
+        """Requests with branches that begin when the prompt is through, by the slot that runs it."""
         self._token_bytes = token_bytes
-        self._streams: dict[int, TextStream] = {}
-        self._finished: list[Branch] = []
+        self._left: list[int] = []
 
     @property
     def stages(self) -> tuple[Stages, Stages, Stages]:  # type: ignore[type-arg]
@@ -66,111 +73,168 @@ class BranchTable:
     @property
     def wants_log_probs(self) -> bool:
         """Whether any live branch asked for log-probabilities."""
-        return any(branch.plan.log_probs for branch in self.live.values())
+        return any(branch.owner.plan.log_probs for branch in self.live.values())
 
-    def admit(self, request: Request, cache: KVCache) -> Branch | None:
-        """See ``StepLoop.admit``."""
-        beside = [stage.item for stage in self.pipeline.live]
-        plan = self.planner.plan(request.sampling, request.processors, request.criteria, beside)
+    def plan(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
+        """The plan of a request; ``beside`` as for ``Planner.plan``."""
         if request.text and self._token_bytes is None:
             raise ConfigError("text was asked for, but the engine has no tokenizer")
-        if not self.slots.free:
+        return self.planner.plan(request.sampling, request.processors, request.criteria, beside, request.prompt)
+
+    # -- beginning -----------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, cache: KVCache) -> LiveRequest | None:
+        """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
+        plan = self.plan(request, [stage.item for stage in self.pipeline.live])
+        count = plan.branching.max_branches
+        if self.slots.free < count:
             return None
-        slot = self.slots.take()
+        slots = tuple(self.slots.take() for _ in range(count))
+        admitted: list[int] = []
+        hits: list[int] = []
+        live = None
         try:
             sampling = request.sampling
-            admission = cache.admit(
-                slot, request.prompt, sampling.max_new_tokens, request.reuse_key, sampling.cache_priority
-            )
-            if admission is None:
-                self.slots.give(slot)
-                return None
+            for slot in slots:
+                admission = cache.admit(
+                    slot, request.prompt, sampling.max_new_tokens, request.reuse_key, sampling.cache_priority
+                )
+                if admission is None:
+                    break
+                admitted.append(slot)
+                hits.append(admission.hit_length)
+            else:
+                live = LiveRequest(request, plan, slots, cached_prompt=hits[0])
+                self._begin(live)
         except BaseException:
-            self.slots.give(slot)
+            self._give_back(slots, admitted, cache)
             raise
-        branch = self.live[slot] = Branch(request, plan, slot, cached_prompt=admission.hit_length)
-        try:
-            self._begin(branch)
-        except BaseException:
-            self.release(slot)
-            cache.release(np.array([slot]))
-            raise
-        return branch
+        if live is None:
+            self._give_back(slots, admitted, cache)
+        return live
 
-    def _begin(self, branch: Branch) -> None:
-        """Everything that is kept by slot learns of a branch. A plugin that fails ends it at once."""
-        request, plan, slot = branch.request, branch.plan, branch.slot
-        self.slots.begin(slot, request.prompt, slot_key(request.seed, branch.number))
+    def _begin(self, live: LiveRequest) -> None:
+        """Everything that is kept by slot learns of the branches. A plugin that fails ends the request at once."""
+        request, plan = live.request, live.plan
         end_ids = self.end_ids if request.sampling.end_id is None else request.sampling.end_id
-        view = BranchView(
-            request.request_id, branch.number, slot, request.prompt, request.sampling, end_ids, request.seed
-        )
-        if request.text:
-            assert self._token_bytes is not None
-            self._streams[slot] = TextStream(self._token_bytes)
+        for number, slot in enumerate(live.slots):
+            self.owners[slot] = live
+            self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
+            if number < plan.branching.branches:
+                stream = TextStream(self._token_bytes) if request.text and self._token_bytes is not None else None
+                live.unborn.append(Branch(live, slot, number, stream=stream))
+        first = live.unborn.pop(0)
+        live.running.append(first)
+        self.live[first.slot] = first
+        if live.unborn:
+            self.unborn[first.slot] = live
         try:
-            self.pipeline.begin(plan.processors, view)
-            self.choosers.begin((plan.decoder,), view)
-            self.rules.begin(plan.criteria, view)
+            for number, slot in enumerate(live.slots):
+                view = BranchView(
+                    request.request_id, number, slot, request.prompt, request.sampling, end_ids, request.seed
+                )
+                self.pipeline.begin(plan.processors, view)
+                self.choosers.begin((plan.decoder,), view)
+                self.rules.begin(plan.criteria, view)
         except PluginError as error:
-            branch.finish("plugin_error", error=error)
+            live.error = error
 
-    def commit(
-        self, slots: np.ndarray, slot: torch.Tensor, scores: torch.Tensor, selection: Selection, verdict: Verdict
-    ) -> list[Delta]:
-        """The tokens of a step become history: on the device, in the plugins' state, and in what is told."""
-        failures = self._failures()
-        branches = [self.live[s] for s in slots.tolist()]
-        new, counts = [], []
-        for branch, tokens, stop in zip(branches, verdict.tokens, verdict.stops, strict=True):
-            if branch.slot in verdict.wrong:
-                what = f"decoder {branch.plan.decoder.name!r} {verdict.wrong[branch.slot]}"
-                failures.setdefault(branch.slot, PluginContractError(what))  # one that failed before chose nothing
-            if branch.slot in failures:
-                branch.finish("plugin_error", error=failures[branch.slot])
-                tokens = []
-            elif stop is not None:
-                branch.finish(stop.reason, stop)
-                tokens = tokens[: stop.at + 1]
-            new.append(tokens)
-            counts.append(len(tokens))
-        width = selection.tokens.shape[1]
-        padded = np.array([row + [0] * (width - len(row)) for row in new], np.int64)
-        count = torch.tensor(counts, device=slot.device)
-        self.slots.commit(slot, selection.tokens, count)
-        self.slots.record(slots, padded, np.array(counts))
-        rows = CommittedRows(slot, selection.tokens, count, slots.tolist(), new, verdict.scores)
-        for stages in self.stages:
-            stages.commit(rows)
-        held = [
-            self.rules.pending(b.slot) if b.slot in self._streams and b.finish_reason is None else 0 for b in branches
-        ]
-        failures = self._failures() | failures  # of several failures of a branch, the first is told
-        for branch in branches:
-            if branch.slot in failures:
-                branch.finish("plugin_error", error=failures.pop(branch.slot))
-        deltas = self._tell(branches, new, held, self._log_probs(scores, selection))
-        # What is left had no token to choose yet: its prompt is longer than a step.
-        return deltas + [self.abort(number, "plugin_error", error) for number, error in failures.items()]
+    def _give_back(self, slots: tuple[int, ...], admitted: list[int], cache: KVCache) -> None:
+        for slot in slots:
+            self.release(slot)
+        if admitted:
+            cache.release(np.array(admitted))
 
-    def abort(self, slot: int, reason: str, error: Exception | None = None) -> Delta:
-        """End a branch between steps."""
-        branch = self.live[slot]
-        branch.finish(reason, error=error)
-        return self._tell([branch], [[]], [0], None)[0]
+    def born(self, slots: list[int], cache: KVCache) -> list[int] | None:
+        """Prompts are through: the other branches of their requests begin, and share the prompt's cache.
 
-    def take_finished(self) -> list[Branch]:
-        """Branches that ended since the last call, still in their slots."""
-        finished, self._finished = self._finished, []
-        return finished
+        They were begun like the first, so that nothing but the cache is forked.
+
+        Returns:
+            For each row of the step from now on, which row of ``slots`` its logits are; None: nothing has changed.
+            The slots that begin are appended to ``slots``.
+        """
+        rows = list(range(len(slots)))
+        src, dst = [], []
+        for row, slot in enumerate(tuple(slots)):
+            live = self.unborn.pop(slot, None)
+            if live is None:
+                continue
+            for branch in live.unborn:
+                self.live[branch.slot] = branch
+                src.append(slot)
+                dst.append(branch.slot)
+                rows.append(row)
+            live.running += live.unborn
+            live.unborn = []
+        if not dst:
+            return None
+        cache.fork(np.array(src), np.array(dst))
+        slots += dst
+        return rows
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def leave(self, branch: Branch, reason: str, stop: Stop | None) -> None:
+        """A branch has ended, its request maybe not."""
+        live = branch.owner
+        live.hypotheses.append(branch.hypothesis(reason, stop))
+        live.running.remove(branch)
+        del self.live[branch.slot]
+        self._left.append(branch.slot)
+
+    def end(self, live: LiveRequest, reason: str | None, told: Collection[int] = ()) -> list[Delta]:
+        """A request is over.
+
+        Args:
+            live: the request.
+            reason: why, where it ends around branches that have not ended.
+            told: slots of branches whose end was told.
+        """
+        self._left += [slot for slot in live.slots if self.owners.get(slot) is live and slot not in self._left]
+        ranked, deltas = live.plan.ranked, []
+        if live.over:  # in a step that failed afterwards
+            return []
+        for branch in (*live.running, *live.unborn):
+            if branch.slot not in told:
+                text = branch.say_last((), None)
+                deltas += [] if ranked else [append(branch, (), (), text, reason)]
+        around = reason is not None and bool(live.running or live.unborn)
+        live.sequences = as_they_stand(live, reason or "") if around else self._finalize(live)
+        if ranked:
+            deltas += ends(live)
+        live.running, live.unborn = [], []
+        return deltas
+
+    def _finalize(self, live: LiveRequest) -> tuple[Hypothesis, ...]:
+        """What the user gets of a request whose branches have all ended."""
+        if not live.plan.ranked:
+            return tuple(sorted(live.hypotheses, key=lambda one: one.branch))
+        try:
+            return self.choosers.finalize(live)
+        except PluginError as error:
+            live.error = error
+            failed = tuple(replace(one, reason="plugin_error") for one in live.hypotheses)
+            return failed[: live.plan.branching.returns]
+
+    def settle(self, choice: Choice, verdict: Verdict, scores: torch.Tensor) -> Outcome:
+        """See ``Choosers.settle``."""
+        return self.choosers.settle(choice, verdict, scores if self.wants_log_probs else None, self.owners)
+
+    def take_left(self) -> list[int]:
+        """Slots whose branches or requests ended since the last call, and that are not released yet."""
+        left, self._left = self._left, []
+        return left
 
     def release(self, slot: int) -> None:
-        """Forget a branch."""
-        branch = self.live.pop(slot)
-        self._streams.pop(slot, None)
+        """Forget what is in a slot."""
+        owner = self.owners.pop(slot, None)
+        self.live.pop(slot, None)
+        self.unborn.pop(slot, None)
         for stages in self.stages:
             for name, seconds in stages.end(slot).items():
-                branch.plugin_seconds[name] = branch.plugin_seconds.get(name, 0.0) + seconds
+                if owner is not None:
+                    owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
         self.slots.give(slot)
 
     def plugin_seconds(self) -> dict[str, float]:
@@ -180,45 +244,3 @@ class BranchTable:
             for name, seconds in stages.seconds().items():
                 total[name] = total.get(name, 0.0) + seconds
         return total
-
-    def _failures(self) -> dict[int, PluginError]:
-        return {slot: error for stages in self.stages for slot, error in stages.take_failures().items()}
-
-    def _log_probs(self, scores: torch.Tensor, selection: Selection) -> list[list[float]] | None:
-        if not self.wants_log_probs:
-            return None
-        given = selection.log_probs
-        return (log_probs(scores, selection.tokens) if given is None else given).tolist()
-
-    def _tell(
-        self,
-        branches: list[Branch],
-        new: list[list[int]],
-        held: list[int],
-        log_probs: list[list[float]] | None,
-    ) -> list[Delta]:
-        deltas = []
-        for i, (branch, tokens) in enumerate(zip(branches, new, strict=True)):
-            branch.generated += tokens
-            chances = log_probs[i][: len(tokens)] if log_probs is not None and branch.plan.log_probs else []
-            branch.log_probs += chances
-            text = self._text(branch, tokens, held[i])
-            branch.text += text
-            deltas.append(
-                Delta(
-                    branch.request.request_id, tuple(tokens), text, branch.finish_reason, tuple(chances), branch.error
-                )
-            )
-            if branch.finish_reason is not None:
-                self._finished.append(branch)
-        return deltas
-
-    def _text(self, branch: Branch, tokens: list[int], held: int) -> str:
-        stream = self._streams.get(branch.slot)
-        if stream is None:
-            return ""
-        if branch.finish_reason is None:
-            return stream.push(tokens, held)
-        stop = branch.stop
-        shown = tokens[:-1] if stop is not None and not stop.counted else tokens
-        return stream.finish(shown, stop.trim_text if stop is not None else 0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from trtllm_core.decoding.choice import Choice, Outcome, Search
+from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.samplers import log_probs
+from trtllm_core.decoding.searching import check_candidates, settle, with_searches
 from trtllm_core.decoding.stages import Stages
+from trtllm_core.decoding.stopping import Verdict
 from trtllm_core.errors import PluginContractError, PluginError
-from trtllm_core.plugin import Decoder, DecodingContext, LogitsBatch, Sampler, Selection
+from trtllm_core.plugin import Candidates, Decoder, DecodingContext, Hypothesis, LogitsBatch, Sampler, Selection
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.plugin.views import BranchView, CommitBatch
@@ -19,7 +23,7 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 class SamplingDecoder(Decoder):
-    """A sampler as a decoder: one branch, one token a step."""
+    """A sampler as a decoder: branches that go on by themselves, one token a step."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
@@ -66,29 +70,91 @@ class Choosers(Stages[Decoder]):
     def __init__(self, context: DecodingContext) -> None:
         super().__init__(context, _wrap)
 
-    def select(self, logits: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor) -> Selection:
+    def select(self, logits: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor, slots: list[int]) -> Choice:
         """Tokens for processed ``logits`` (float32 ``[n, vocab_size_padded]``, which may be overwritten).
 
         Rows whose decoder failed get no token.
         """
         alone = len(self.live) == 1
-        parts = []
+        parts: list[tuple[torch.Tensor, Selection]] = []
+        searches: list[Search] = []
         for stage in self.live:
+            if not alone and stage.members.isdisjoint(slots):
+                continue
             batch = LogitsBatch(self.context, slot, offset, stage.flags[slot])
             try:
                 chosen = stage.call(stage.plugin.select, logits if alone else logits.clone(), batch)
-                parts.append((batch.active, _checked(stage.name, chosen, slot)))
+                if isinstance(chosen, Candidates):
+                    slots_of = check_candidates(stage.name, chosen, slot, stage.members)
+                    asked = [each for each in slots if each in stage.members]
+                    searches.append(Search(stage, chosen, slots_of, asked))
+                else:
+                    parts.append((batch.active, _checked(stage.name, chosen, slot)))
             except PluginError as error:
                 self._fail(stage, error)
         if not parts:
             nothing = torch.zeros_like(slot)
-            return Selection(nothing.unsqueeze(1), nothing)
-        return parts[0][1] if alone else _merge(parts, logits)
+            selection = Selection(nothing.unsqueeze(1), nothing)
+        else:
+            selection = parts[0][1] if alone else _merge(parts, logits)
+        choice = Choice(slot, slots, selection)
+        return with_searches(choice, searches) if searches else choice
+
+    def settle(
+        self, choice: Choice, verdict: Verdict, scores: torch.Tensor | None, owners: Mapping[int, LiveRequest]
+    ) -> Outcome:
+        """What is to be committed, now that it is known what stops: searches choose their survivors.
+
+        Args:
+            choice: the step's.
+            verdict: of its rows.
+            scores: the logits that were chosen from, float32 ``[n, vocab_size_padded]``; None: nobody asked for
+                log-probabilities.
+            owners: the requests by slot.
+        """
+        told = None if scores is None else self._log_probs(choice, scores)
+        if not choice.searches:
+            return Outcome(
+                choice.slot,
+                choice.slots,
+                choice.selection.tokens,
+                verdict.tokens,
+                verdict.stops,
+                verdict,
+                told,
+                scores=verdict.scores,
+            )
+        outcome, failed = settle(choice, verdict, told, owners)
+        for stage, error in failed:
+            self._fail(stage, error)
+        return outcome
+
+    def finalize(self, live: LiveRequest) -> tuple[Hypothesis, ...]:
+        """The sequences of a request that is over, best first, as its decoder ranks them.
+
+        Raises:
+            PluginError: the decoder raised, or returned something else.
+        """
+        stage = self._all[live.plan.decoder.key]
+        ranked = stage.call(stage.plugin.finalize, live.request.request_id, tuple(live.hypotheses))
+        right = isinstance(ranked, Sequence) and all(isinstance(one, Hypothesis) for one in ranked)
+        if not right or not ranked:
+            raise PluginContractError(f"decoder {stage.name!r} returned {ranked!r} from finalize, not hypotheses")
+        return tuple(ranked[: live.plan.branching.returns])
+
+    @staticmethod
+    def _log_probs(choice: Choice, scores: torch.Tensor) -> list[list[float]]:
+        """Of the rows that belong to no search."""
+        tokens, given = choice.selection.tokens, choice.selection.log_probs
+        if choice.source is not None and given is None:
+            plain = len(choice.slots) - sum(len(search.slots) for search in choice.searches)
+            scores, tokens = scores[choice.source[:plain, 0]], tokens[:plain]
+        return (log_probs(scores, tokens) if given is None else given).tolist()
 
 
 def _checked(name: str, selection: Selection, slot: torch.Tensor) -> Selection:
     if not isinstance(selection, Selection):
-        raise PluginContractError(f"decoder {name!r} returned a {type(selection).__name__}, not a Selection")
+        raise PluginContractError(f"decoder {name!r} returned a {type(selection).__name__}, no Selection or Candidates")
     tokens, counts = selection.tokens, selection.counts
     for what, tensor, dtypes in (("tokens", tokens, INTEGERS), ("counts", counts, INTEGERS), *_chances(selection)):
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.device != slot.device:
@@ -103,8 +169,6 @@ def _checked(name: str, selection: Selection, slot: torch.Tensor) -> Selection:
         )
     if selection.log_probs is not None and selection.log_probs.shape != tokens.shape:
         raise PluginContractError(f"decoder {name!r} returned log_probs of another shape than its tokens")
-    if selection.parents or selection.spawn or selection.kill or selection.revised:
-        raise PluginContractError(f"decoder {name!r} wants to branch, which this session's loop does not do")
     if tokens.dtype == counts.dtype == torch.int64:
         return selection
     return replace(selection, tokens=tokens.long(), counts=counts.long())

@@ -10,11 +10,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trtllm_core.config import PluginUse, SamplingConfig
+from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
 from trtllm_core.config.base import problems
 from trtllm_core.decoding.order import ordered
-from trtllm_core.errors import ConfigError, PluginContractError, PluginError, PluginRuntimeError, listing
+from trtllm_core.errors import (
+    CapacityError,
+    ConfigError,
+    PluginContractError,
+    PluginError,
+    PluginRuntimeError,
+    listing,
+)
 from trtllm_core.plugin import (
+    BranchPlan,
     BranchView,
     Decoder,
     DeviceStoppingCriterion,
@@ -45,8 +53,14 @@ CORE_FIELDS = frozenset(
 )
 """Fields of SamplingConfig that the generation loop honours itself."""
 
-UNUSED = ((LogitsProcessor, "companions"), (Decoder, "plan"), (Decoder, "propose"), (Decoder, "finalize"))
+UNUSED = ((LogitsProcessor, "companions"), (Decoder, "propose"))
 """Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
+
+
+def offers(text: bool) -> frozenset[str]:
+    """What this loop can give a plugin that ``needs`` something; ``text``: the engine has a tokenizer."""
+    return frozenset({"kv_fork", "text"} if text else {"kv_fork"})
+
 
 HOST_ONLY = {"begin": "start", "commit": "accept", "fork": "copy", "rewind": "take_back"}
 """What the adapters of host plugins do with a slot, and the method of the plugin that they call for it."""
@@ -86,6 +100,13 @@ class Plan:
     log_probs: bool = False
     asked: Mapping[str, Any] = field(default_factory=dict)
     """What the request set to something else than the default, as JSON has it."""
+    branching: BranchPlan = field(default_factory=BranchPlan)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its decoder ranks the sequences: what the user gets is known only at the end."""
+        decoder = self.decoder.plugin
+        return _overrides(decoder, Decoder, "survive") or _overrides(decoder, Decoder, "finalize")
 
     @property
     def items(self) -> tuple[PlanItem, ...]:
@@ -107,6 +128,8 @@ class Planner:
     plugins: Plugins
     offers: frozenset[str] = frozenset()
     """What backend, loop and engine can give a plugin: see the plugins' ``needs``."""
+    build: BuildConfig | None = None
+    """The engine's limits; None: not known."""
     _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
 
     def plan(
@@ -115,14 +138,17 @@ class Planner:
         processors: Sequence[LogitsProcessor] = (),
         criteria: Sequence[StoppingCriterion] = (),
         beside: Iterable[PlanItem] = (),
+        prompt: Sequence[int] = (),
     ) -> Plan:
         """The plan of a request; ``processors`` and ``criteria`` are objects that the user passed in.
 
         ``beside`` are the processors of requests that it will run together with: a session has one order for all.
+        ``prompt`` is what its decoder is shown to say how many branches it needs.
 
         Raises:
             ConfigError: a field that nobody honours, a wish that this session cannot meet, an order that
                 contradicts itself or that of other requests, or parameters that a plugin refuses.
+            CapacityError: more branches than the engine was built for.
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
         decoder = self._decoder(sampling)
@@ -147,7 +173,47 @@ class Planner:
         chosen = ordered(chosen)
         _check_beside(chosen, beside)
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()))
-        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs, asked)
+        branching = self._branching(decoder, sampling, prompt)
+        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs, asked, branching)
+
+    def _branching(self, decoder: PlanItem, sampling: SamplingConfig, prompt: Sequence[int]) -> BranchPlan:
+        if isinstance(decoder.plugin, Sampler):
+            count = sampling.num_return_sequences
+            branching = BranchPlan(count, count, returns=count)
+        else:
+            branching = self._asked_for(decoder, sampling, prompt)
+        most, build = branching.max_branches, self.build
+        if build is None:
+            return branching
+        if most > branching.branches and most > build.max_beam_width:
+            raise CapacityError(
+                f"decoder {decoder.name!r} searches with {most} branches, but the engine was built for max_beam_width "
+                f"{build.max_beam_width}"
+            )
+        if most > build.max_branches:
+            raise CapacityError(
+                f"the request needs {most} branches, but the engine has {build.max_branches} slots (max_batch_size "
+                f"{build.max_batch_size} times max_beam_width {build.max_beam_width})"
+            )
+        return branching
+
+    @staticmethod
+    def _asked_for(decoder: PlanItem, sampling: SamplingConfig, prompt: Sequence[int]) -> BranchPlan:
+        assert isinstance(decoder.plugin, Decoder)
+        view = BranchView("", 0, -1, prompt, sampling, sampling.end_id or (), sampling.random_seed or 0)
+        try:
+            branching = decoder.plugin.plan(decoder.view(view))
+        except (PluginError, ConfigError):
+            raise
+        except Exception as error:
+            raise PluginRuntimeError(f"plugin {decoder.name!r} raised {type(error).__name__}: {error}") from error
+        if not isinstance(branching, BranchPlan) or not (
+            1 <= branching.branches <= branching.max_branches and branching.returns >= 1
+        ):
+            raise PluginContractError(f"decoder {decoder.name!r} returned {branching!r} from plan")
+        if branching.max_positions > 1:
+            raise ConfigError(f"decoder {decoder.name!r} needs 'max_positions', which this session cannot give it")
+        return branching
 
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
@@ -282,6 +348,8 @@ def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str,
     """Who honours each field that was set or that a plugin of the plan reads."""
     consumers: dict[str, tuple[str, ...]] = dict.fromkeys(sampling.asked() & CORE_FIELDS, ("core",))
     for item in items:
+        if isinstance(item.plugin, Sampler) and "num_return_sequences" in sampling.asked():
+            consumers["num_return_sequences"] = ("core",)
         for name in item.consumes:
             consumers[name] = (*consumers.get(name, ()), item.name)
     return consumers

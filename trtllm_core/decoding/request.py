@@ -1,4 +1,4 @@
-"""Requests, their live branches, and what comes back."""
+"""Requests, and what comes back of each step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_core.config import SamplingConfig
-from trtllm_core.decoding.plan import Plan
-from trtllm_core.plugin import LogitsProcessor, Stop, StoppingCriterion
+from trtllm_core.plugin import LogitsProcessor, StoppingCriterion
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one request."""
+    """What one step added to, or changed in, one sequence of a request."""
 
     request_id: str
     tokens: tuple[int, ...]
@@ -48,39 +47,15 @@ class Delta:
     text: str = ""
     """New text, where the request asked for it: whole characters only, nothing that a stop string may yet cut."""
     finish_reason: str | None = None
-    """Why the request ended with this delta; None: it goes on."""
+    """Why the sequence ended with this delta; None: it goes on."""
     log_probs: tuple[float, ...] = ()
     """Of ``tokens``, where asked for."""
     error: Exception | None = None
     """What a plugin raised, where ``finish_reason`` is ``plugin_error``."""
-
-
-@dataclass(slots=True)
-class Branch:
-    """One live sequence of a request."""
-
-    request: Request
-    plan: Plan
-    slot: int
-    number: int = 0
-    cached_prompt: int = 0
-    """Tokens of its prompt that were in the cache when it started."""
-    generated: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    text: str = ""
-    """Text that deltas have carried."""
-    stop: Stop | None = None
-    finish_reason: str | None = None
-    error: Exception | None = None
-    plugin_seconds: dict[str, float] = field(default_factory=dict)
-    """Its part of each plugin's host time: filled when it leaves its slot."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of the text: prompt and generated, without an end token."""
-        uncounted = self.stop is not None and not self.stop.counted
-        return len(self.request.prompt) + len(self.generated) - uncounted
-
-    def finish(self, reason: str, stop: Stop | None = None, error: Exception | None = None) -> None:
-        """The branch ends."""
-        self.finish_reason, self.stop, self.error = reason, stop, error
+    sequence: int = 0
+    """Which of the sequences that the request returns."""
+    keep: int | None = None
+    """None: append. A number: the sequence is revised, as a search does. Only its first ``keep`` tokens stay (the
+    stable prefix), and ``tokens`` follow them."""
+    keep_text: int = 0
+    """With ``keep``: how many characters of its text stay, before ``text``."""

@@ -45,8 +45,10 @@ class KVCache:
         self._room = np.zeros(budget.max_slots, np.int64)
         self._history = history if "tokens" in policy.needs else None
 
-    def check(self, prompt: int, max_new_tokens: int, priority: int | None = None) -> None:
+    def check(self, prompt: int, max_new_tokens: int, priority: int | None = None, branches: int = 1) -> None:
         """Refuse a request that the pool could not hold even alone, long before its turn comes.
+
+        Each of its ``branches`` is admitted as if it were alone.
 
         Raises:
             CapacityError: it needs more blocks than a slot can ever have. Only the policy's ``admit`` knows the rest.
@@ -64,6 +66,13 @@ class KVCache:
                 f"{prompt} prompt tokens and max_new_tokens {max_new_tokens} need {prompt + max_new_tokens} tokens of "
                 f"cache, but the pool has {room} for one sequence: raise KVCacheConfig.max_tokens, or ask for "
                 "fewer tokens"
+            )
+        blocks = -(-min(prompt + max_new_tokens, plan.window or prompt + max_new_tokens) // plan.tokens_per_block)
+        if branches * blocks > plan.num_blocks:
+            raise CapacityError(
+                f"{branches} branches of {prompt} prompt tokens and max_new_tokens {max_new_tokens} need "
+                f"{branches * blocks} blocks of cache, but the pool has {plan.num_blocks}: raise "
+                "KVCacheConfig.max_tokens, or ask for fewer branches or tokens"
             )
 
     def admit(

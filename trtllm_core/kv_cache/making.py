@@ -35,8 +35,8 @@ def make_cache(
     if needs:
         raise ConfigError(f"KV policy {config.policy!r} needs {listing(needs)}, which this session cannot give it")
     size = build.tokens_per_block
-    full = build.max_batch_size * -(-build.max_seq_len // size) * size
-    budget = KVBudget(build.max_batch_size, build.max_seq_len, size, config.max_tokens or full)
+    full = build.max_branches * -(-build.max_seq_len // size) * size
+    budget = KVBudget(build.max_branches, build.max_seq_len, size, config.max_tokens or full)
     return KVCache(policy, executable, budget, history)
 
 

@@ -36,12 +36,14 @@ While it is not installed, ``Plugins.load(extra=[my_plugin])`` loads it.
 from trtllm_core.plugin.backend import Availability, Backend, Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.decoder import (
     BranchPlan,
+    Candidates,
     Decoder,
     DecoderCapabilities,
     Hypothesis,
     Proposal,
     Sampler,
     Selection,
+    Survivors,
 )
 from trtllm_core.plugin.eviction import CachedBlock, EvictionOrder
 from trtllm_core.plugin.family import CheckpointView, ModelFamily, Piece, Weight
@@ -112,6 +114,7 @@ __all__ = [
     "BranchPlan",
     "BranchView",
     "CachedBlock",
+    "Candidates",
     "Capabilities",
     "CheckpointView",
     "CommitBatch",
@@ -167,6 +170,7 @@ __all__ = [
     "StoppingCriterion",
     "StoppingCriterionRegistrar",
     "StoppingCriterionSpecs",
+    "Survivors",
     "TensorSpec",
     "Weight",
     "hookimpl",

@@ -12,7 +12,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 HOOK_VERSIONS: dict[str, str] = {
     "model_family": "1.0",
-    "decoder": "1.0",
+    "decoder": "1.1",
     "logits_processor": "1.0",
     "stopping_criterion": "1.0",
     "kv_policy": "1.0",

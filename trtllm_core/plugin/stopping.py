@@ -46,7 +46,8 @@ class StoppingCriterion(SlotPlugin):
     """What both kinds share."""
 
     scope: ClassVar[Literal["row", "request"]] = "row"
-    """What it ends: the branch that it was asked about, or all branches of its request."""
+    """What it ends: the branch that it was asked about, or all branches of its request. Those keep the tokens of the
+    step, and take over its reason where they do not end by themselves."""
     capabilities: ClassVar[StoppingCapabilities] = StoppingCapabilities()
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
 
 FinishReason = str
-"""``end_id``, ``stop_words``, ``stop_string``, ``length``, ``plugin_error``, ``cancelled``, or a plugin's own."""
+"""``end_id``, ``stop_words``, ``stop_string``, ``length``, ``search`` (a search let it be), ``plugin_error``,
+``cancelled``, or a plugin's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
     """Inputs and outputs of the packed, paged contract."""
     build = config.build
     blocks = -(-build.max_seq_len // build.tokens_per_block)
-    tokens, rows, asked = build.max_num_tokens, build.max_batch_size * build.max_beam_width, build.max_num_tokens
+    tokens, rows, asked = build.max_num_tokens, build.max_branches, build.max_num_tokens
 
     def vector(name: str, dtype: str, symbol: str, most: int) -> TensorSpec:
         return TensorSpec(name, dtype, (symbol,), True, (1,), (most,))

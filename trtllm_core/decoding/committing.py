@@ -1,0 +1,162 @@
+"""How the tokens of a step become history: on the device, in the cache, in the plugins' state, and in what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from trtllm_core.decoding.branches import BranchTable
+from trtllm_core.decoding.choice import Found, Outcome
+from trtllm_core.decoding.live import Branch, LiveRequest
+from trtllm_core.decoding.request import Delta
+from trtllm_core.decoding.stages import CommittedRows
+from trtllm_core.decoding.telling import append, finished, show
+from trtllm_core.errors import PluginContractError, PluginError
+from trtllm_core.kv_cache.cache import KVCache
+from trtllm_core.plugin import Stop
+
+FAILED = "plugin_error"
+
+
+def commit(table: BranchTable, cache: KVCache, outcome: Outcome) -> list[Delta]:
+    """Tokens are cut where a row ends and appended to the rest; what has ended is told, and leaves."""
+    failures = _failures(table)
+    for slot, what in outcome.verdict.wrong.items():
+        decoder = table.owners[slot].plan.decoder.name
+        # One that failed before chose nothing.
+        failures.setdefault(slot, PluginContractError(f"decoder {decoder!r} {what}"))
+    reasons = _blame(table, failures)
+    broken = set(reasons)
+    for slot, stop, everybody in zip(outcome.slots, outcome.stops, outcome.verdict.ends_request, strict=False):
+        if everybody and stop is not None:
+            reasons.setdefault(table.owners[slot], stop.reason)
+    for found in outcome.found:
+        _follow(table, found, outcome, reasons)
+    if outcome.forks:
+        _fork(table, cache, {dst: src for dst, src in outcome.forks.items() if table.owners[dst] not in broken})
+    new = [
+        [] if table.owners[slot] in broken else tokens if stop is None else tokens[: stop.at + 1]
+        for slot, tokens, stop in zip(outcome.slots, outcome.new, outcome.stops, strict=True)
+    ]
+    if new:
+        _write(table, outcome, new)
+    held = [_held(table, slot, stop) for slot, stop in zip(outcome.slots, outcome.stops, strict=True)]
+    reasons |= _blame(table, _failures(table))
+    return _tell(table, outcome, new, held, reasons)
+
+
+def _failures(table: BranchTable) -> dict[int, PluginError]:
+    return {slot: error for stages in table.stages for slot, error in stages.take_failures().items()}
+
+
+def _blame(table: BranchTable, failures: Mapping[int, PluginError]) -> dict[LiveRequest, str]:
+    """The requests that fail with their slots. Of several failures of a request, the first is told."""
+    broken = {}
+    for slot, error in failures.items():
+        live = table.owners[slot]
+        live.error = live.error or error
+        broken[live] = FAILED
+    return broken
+
+
+def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[LiveRequest, str]) -> None:
+    """What a search decided: candidates become hypotheses, and branches go on or rest."""
+    search, verdict = found.search, outcome.verdict
+    for index, score in found.survivors.finished:
+        parent, row = table.live[search.slots[index]], found.start + index
+        token, stop = verdict.tokens[row][0], verdict.stops[row]
+        one = finished(parent, token, found.log_probs[index], found.scores[index], stop, score)
+        parent.owner.hypotheses.append(one)
+        if stop is not None and verdict.ends_request[row]:
+            reasons.setdefault(parent.owner, stop.reason)
+    going = {slot: (index, rank) for slot, index, rank in found.survivors.branches}
+    for live in dict.fromkeys(table.owners[slot] for slot in search.asked):
+        if reasons.get(live) == FAILED:
+            continue
+        before = {branch.slot: table.live.pop(branch.slot) for branch in live.running}
+        live.running = []
+        for number, slot in enumerate(live.slots):
+            if slot in going:
+                index, rank = going[slot]
+                parent = before[search.slots[index]]
+                branch = parent if parent.slot == slot else parent.copy_to(slot, number)
+                branch.score, branch.rank = found.scores[index], rank
+                live.running.append(branch)
+                table.live[slot] = branch
+        if not (live.running or live.hypotheses):
+            live.running = list(before.values())
+            table.live |= before
+            live.error = PluginContractError(f"decoder {search.stage.name!r} left a request without any sequence")
+            reasons[live] = FAILED
+
+
+def _fork(table: BranchTable, cache: KVCache, forks: Mapping[int, int]) -> None:
+    """Slots take over the history of others, all at the same time."""
+    dst, src = list(forks), list(forks.values())
+    table.slots.fork(src, dst)
+    cache.fork(np.array(src, np.int64), np.array(dst, np.int64))
+    for stages in table.stages:
+        stages.fork(src, dst)
+
+
+def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
+    """Append ``new`` to the rows' slots, and tell the plugins."""
+    counts = list(map(len, new))
+    count = torch.tensor(counts, device=outcome.slot.device)
+    width = outcome.tokens.shape[1]
+    padded = np.array([row + [0] * (width - len(row)) for row in new], np.int64)
+    table.slots.commit(outcome.slot, outcome.tokens, count)
+    table.slots.record(np.array(outcome.slots), padded, np.array(counts))
+    rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
+    for stages in table.stages:
+        stages.commit(rows)
+
+
+def _held(table: BranchTable, slot: int, stop: Stop | None) -> int:
+    """Bytes at the end of a slot's text that a stream must hold back."""
+    branch = table.live.get(slot)
+    return 0 if branch is None or branch.stream is None or stop is not None else table.rules.pending(slot)
+
+
+def _tell(
+    table: BranchTable, outcome: Outcome, new: list[list[int]], held: list[int], reasons: Mapping[LiveRequest, str]
+) -> list[Delta]:
+    """Deltas of the step's rows, and of requests that end. ``reasons``: those that end around their branches."""
+    deltas: list[Delta] = []
+    ranked: list[tuple[Branch, list[int], str]] = []
+    told: set[int] = set()
+    ended = dict.fromkeys(reasons)
+    for i, (slot, tokens, stop) in enumerate(zip(outcome.slots, new, outcome.stops, strict=True)):
+        branch = table.live.get(slot)
+        if branch is None:  # of a search that failed before it took the slot
+            continue
+        live = branch.owner
+        reason = reasons.get(live)
+        if stop is not None and reason != FAILED:
+            reason = stop.reason
+        chances: list[float] = []
+        if outcome.log_probs is not None and live.plan.log_probs:
+            chances = outcome.log_probs[i][: len(tokens)]
+        branch.generated += tokens
+        branch.log_probs += chances
+        text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)
+        if live.plan.ranked:
+            ranked.append((branch, tokens, text))
+        else:
+            deltas.append(append(branch, tokens, chances, text, reason))
+        if reason is not None:
+            told.add(slot)
+            if reason != FAILED:
+                table.leave(branch, reason, stop)
+                if not live.running:
+                    ended[live] = None
+    for found in outcome.found:
+        ended |= dict.fromkeys(live for slot in found.search.asked if not (live := table.owners[slot]).running)
+    for branch, tokens, text in ranked:
+        if branch.owner not in ended and branch.number < branch.owner.plan.branching.returns:
+            deltas.append(show(branch, tokens, text))
+    for live in ended:
+        deltas += table.end(live, reasons.get(live), told)
+    return deltas

@@ -1,0 +1,86 @@
+"""What a step tells of a request: tokens and text that are new, revisions of a search, and how its sequences ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+from trtllm_core.decoding.live import Branch, LiveRequest
+from trtllm_core.decoding.request import Delta
+from trtllm_core.plugin import Hypothesis, Stop
+
+
+def append(branch: Branch, tokens: Sequence[int], chances: Sequence[float], text: str, reason: str | None) -> Delta:
+    """What a branch told that goes on by itself. ``chances`` are its new log-probabilities."""
+    live = branch.owner
+    error = live.error if reason == "plugin_error" else None
+    return Delta(live.request.request_id, tuple(tokens), text, reason, tuple(chances), error, branch.number)
+
+
+def show(branch: Branch, tokens: Sequence[int], text: str) -> Delta:
+    """What one of several ranked branches tells: ``tokens`` and ``text`` are new; others may have changed before."""
+    live, number = branch.owner, branch.number
+    shown = live.shown.get(number)
+    live.shown[number] = branch, len(branch.generated), len(branch.text)
+    if shown is None or shown[0] is branch:
+        return append(branch, tokens, branch.log_probs[len(branch.generated) - len(tokens) :], text, None)
+    return _revision(live, shown, number, branch.generated, branch.log_probs, branch.text)
+
+
+def ends(live: LiveRequest) -> list[Delta]:
+    """The last deltas of a request whose branches are ranked: its sequences as the user gets them, best first."""
+    deltas = []
+    for number, one in enumerate(live.sequences or ()):
+        shown = live.shown.get(number) or (Branch(live, -1, number), 0, 0)
+        delta = _revision(live, shown, number, one.tokens, one.log_probs, one.text)
+        error = live.error if one.reason == "plugin_error" else None
+        deltas.append(replace(delta, finish_reason=one.reason, error=error))
+    return deltas
+
+
+def _revision(
+    live: LiveRequest,
+    shown: tuple[Branch, int, int],
+    number: int,
+    tokens: Sequence[int],
+    log_probs: Sequence[float],
+    text: str,
+) -> Delta:
+    """From what was shown to what is. Where that only grew, it is told as growth."""
+    branch, count, length = shown
+    kept, kept_text = _common(branch.generated[:count], tokens), _common(branch.text[:length], text)
+    grew = kept == count and kept_text == length
+    return Delta(
+        live.request.request_id,
+        tuple(tokens[kept:]),
+        text[kept_text:],
+        log_probs=tuple(log_probs[kept:]),
+        sequence=number,
+        keep=None if grew else kept,
+        keep_text=0 if grew else kept_text,
+    )
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def finished(parent: Branch, token: int, log_prob: float, cum: float, stop: Stop | None, score: float) -> Hypothesis:
+    """What a candidate of a search leaves that is complete with ``token``."""
+    branch = parent.copy_to(parent.slot, parent.number)
+    branch.generated.append(token)
+    if branch.owner.plan.log_probs:
+        branch.log_probs.append(log_prob)
+    branch.score, branch.rank = cum, score
+    branch.say_last([token], stop)
+    return branch.hypothesis("search" if stop is None else stop.reason, stop)
+
+
+def as_they_stand(live: LiveRequest, reason: str) -> tuple[Hypothesis, ...]:
+    """The sequences of a request that ends around its branches, through a failure or the user."""
+    still = [branch.hypothesis(reason) for branch in (*live.running, *live.unborn)]
+    if live.plan.ranked:
+        return (*still, *live.hypotheses)[: live.plan.branching.returns]
+    return tuple(sorted((*still, *live.hypotheses), key=lambda one: one.branch))
