@@ -98,7 +98,7 @@ class StepLoop:
         return deltas
 
     def _release(self) -> None:
-        """What has ended leaves: its slots and its blocks are free at once. What ended well is left for others to reuse."""
+        """What has ended leaves: its slots and blocks are free at once. What ended well is left for others to reuse."""
         for slot in self.branches.take_left():
             keep = self.branches.owners[slot].ended_well
             over = np.array([max(self.cache.cached[slot] - self.branches.slots.lengths[slot], 0)])
