@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         use,
     )
     from trtllm_core.decoding.request import Delta
+    from trtllm_core.decoding.words import to_word_list_format
     from trtllm_core.engine.build import build_engine
     from trtllm_core.errors import TrtllmCoreError
     from trtllm_core.generation import GenerationSession
@@ -43,6 +44,7 @@ _HOMES = {
         "use",
     ),
     "trtllm_core.decoding.request": ("Delta",),
+    "trtllm_core.decoding.words": ("to_word_list_format",),
     "trtllm_core.engine.build": ("build_engine",),
     "trtllm_core.errors": ("TrtllmCoreError",),
     "trtllm_core.generation": ("GenerationSession",),
@@ -74,11 +76,27 @@ __all__ = [
     "WorldConfig",
     "__version__",
     "build_engine",
+    "to_word_list_format",
     "use",
 ]
 
+_CLASSIC = {
+    "LogitsProcessor": "HostLogitsProcessor and DeviceLogitsProcessor of trtllm_core.plugin",
+    "LogitsProcessorList": "a list of them, passed to generate",
+    "StoppingCriteria": "HostStoppingCriterion and DeviceStoppingCriterion of trtllm_core.plugin",
+    "StoppingCriteriaList": "a list of them, passed to generate",
+    "ModelRunnerCpp": "ModelRunner",
+    "decode_words_list": "SamplingConfig.stop_strings",
+}
+"""Names of the classic runtime that have another counterpart here."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _CLASSIC:  # no AttributeError: ``from trtllm_core import …`` would put a message of its own in its place
+        raise ImportError(
+            f"trtllm_core.{name}: here it is {_CLASSIC[name]}; the classic one is in "
+            "trtllm_core.compat.tensorrt_llm.runtime"
+        )
     if name not in _HOME_OF:
         raise AttributeError(f"module 'trtllm_core' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -420,6 +420,16 @@ def test_limits_hints_and_post_processors(tiny):
         ModelRunnerCpp.from_dir(tiny / "engine", eagle_choices=[[0]])
 
 
+def test_block_reuse(tiny):
+    runner = ModelRunnerCpp.from_dir(tiny / "engine", kv_cache_enable_block_reuse=True)
+    prompts = [torch.arange(40)]
+    cached = [
+        runner.generate(prompts, max_new_tokens=2, end_id=255, return_dict=True)["outputs"][0].cached_prompt_tokens
+        for _ in range(2)
+    ]
+    assert cached == [0, 32], "its full blocks"
+
+
 # -- GenerationSession -------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ class ModelRunnerCpp(ModelRunner):
         max_attention_window_size: Sequence[int] | None = None,
         sink_token_length: int | None = None,
         max_tokens_in_paged_kv_cache: int | None = None,
+        kv_cache_enable_block_reuse: bool = False,
         logits_processor_map: Mapping[str, Callable[..., None]] | None = None,
         debug_mode: bool = False,
         **rest: Any,
@@ -60,6 +61,7 @@ class ModelRunnerCpp(ModelRunner):
             max_batch_size, max_input_len, max_output_len, max_beam_width: limits below the engine's.
             max_attention_window_size, sink_token_length: of requests that set none themselves.
             max_tokens_in_paged_kv_cache: room in the KV cache.
+            kv_cache_enable_block_reuse: take the policy ``prefix``, under which prompts reuse what others computed.
             logits_processor_map: functions that requests choose by name.
             rest: ``HINTS``, and what must be left at its default.
 
@@ -68,7 +70,8 @@ class ModelRunnerCpp(ModelRunner):
         """
         asked = {name: value for name, value in rest.items() if name not in HINTS}
         refuse(f"{cls.__name__}.from_dir", **asked)
-        cache = KVCacheConfig(max_tokens=max_tokens_in_paged_kv_cache)
+        policy = "prefix" if kv_cache_enable_block_reuse else "paged"
+        cache = KVCacheConfig(policy=policy, max_tokens=max_tokens_in_paged_kv_cache)
         runner = super().from_dir(engine_dir, lora_dir, rank, debug_mode, kv_cache=cache)
         given = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_beam_width": max_beam_width}
         for name, value in given.items():
