@@ -26,13 +26,23 @@ SAMPLING: dict[str, tuple[dict[str, Any], ...]] = {
     "min_length": ({"min_length": 6},),
     "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3}),
     "bad_words": ({"bad_words_list": [[1, 2], [4], [3, 1, 0]]},),
+    "top_k": ({"decoder": "multinomial", "top_k": 5}, {"decoder": "multinomial", "top_k": 2}),
+    "top_p": ({"decoder": "multinomial", "top_p": 0.7}, {"decoder": "multinomial", "top_p": 0.2}),
+    "typical_p": ({"typical_p": 0.7},),
+    "epsilon_cutoff": ({"epsilon_cutoff": 0.02},),
+    "eta_cutoff": ({"eta_cutoff": 0.02},),
     "min_p": ({"min_p": 0.1}, {"min_p": 0.6}),
     "stop_words": ({"stop_words_list": [[1, 2], [3, 3, 1], [8]]},),
     "stop_strings": ({"stop_strings": ("abc", "ca", "hh")},),
     "stop_regexes": ({"stop_regexes": ("a[bc]+d", "h{2}")},),
     "max_time": ({"max_time": 5.0},),
     "max_tokens": ({"max_new_tokens": 5}, {"max_new_tokens": 2}),
-    "top_k_top_p": ({"top_k": 5, "top_p": 0.9}, {"top_k": 0, "top_p": 0.8}, {"top_k": 0, "top_p": 1.0}),
+    "top_k_top_p": (
+        {"top_k": 5, "top_p": 0.9},
+        {"top_k": 0, "top_p": 0.8},
+        {"top_k": 0, "top_p": 1.0},
+        {"top_k": 0, "top_p": 0.8, "top_p_decay": 0.9, "top_p_min": 0.3, "top_p_reset_ids": 3},
+    ),
 }
 """Fields with which a built-in does something, by its name."""
 PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -40,7 +50,7 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "repetition": ({"count": 2}, {"min_size": 2, "max_size": 3, "count": 2}),
 }
 """Its own parameters."""
-PLAIN = {"end_id", "greedy"}
+PLAIN = {"end_id", "greedy", "multinomial"}
 """What needs nothing."""
 QUIET = {"max_time"}
 """What does nothing in a kit: its clock stands still."""

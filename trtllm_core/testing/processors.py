@@ -194,7 +194,7 @@ class LogitsProcessorConformance(SlotConformance[ProcessorRig]):
         if not self.subject().make().capabilities.argmax_invariant:
             passed_over("it does not declare argmax_invariant")
         self.skip_unless_it_can_run()
-        greedy = [case.sampling.replace(top_k=1, top_p=0.0, return_dict=True) for case in self.cases()][:4]
+        greedy = [c.sampling.replace(top_k=1, top_p=0.0, decoder=None, return_dict=True) for c in self.cases()][:4]
         kept = [sampling.replace(output_log_probs=True) for sampling in greedy]
         prompts = [[1 + i, 2] for i in range(len(greedy))]
         without = generate(self.setting(), prompts, greedy)
