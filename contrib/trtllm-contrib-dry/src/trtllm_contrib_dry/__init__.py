@@ -1,0 +1,1 @@
+"""DRY: a penalty on tokens that would go on with a repetition."""

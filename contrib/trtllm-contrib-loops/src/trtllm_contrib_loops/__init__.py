@@ -1,0 +1,1 @@
+"""A stopping criterion for texts that have run into a loop."""

@@ -1,0 +1,1 @@
+"""XTC: sampling that excludes top choices."""
