@@ -183,6 +183,23 @@ def test_wrong_requests_get_a_sentence_and_lose_nothing(plugins, prompts, fields
     assert r.generation.loop.branches.slots.free == 8
 
 
+def test_fields_as_vectors_are_each_sequences_own(plugins):
+    """The classic runtime pointed at the wrong words for every row after the first."""
+    r = runner(plugins)
+    free = [greedy(r.session.engine, [token], 6) for token in (11, 12, 13)]
+    words = [[[free[0][2]]], [[free[1][1]]], []]
+    out = r.generate([[11], [12], [13]], max_new_tokens=[6, 6, 4], stop_words_list=words, end_id=(), return_dict=True)[
+        "outputs"
+    ]
+    assert [list(one.tokens) for one in out] == [free[0][:3], free[1][:2], free[2][:4]]
+    bans = r.generate([[11], [12], [13]], max_new_tokens=1, end_id=(), bad_words_list=[[], [], [[free[2][0]]]])
+    firsts = bans[:, 0, 1].tolist()
+    assert firsts[:2] == [free[0][0], free[1][0]]
+    assert firsts[2] == r.session.engine.table[13].argsort(descending=True)[1]
+    with pytest.raises(ConfigError, match="temperature has 2 values for a batch of 3"):
+        r.generate([[11], [12], [13]], temperature=[0.1, 0.2])
+
+
 def test_generation_session_checks_its_setup(plugins):
     session = GenerationSession(None, Session(MarkovExecutable()), plugins=plugins)
     ids, lengths = torch.tensor([[5, 6, 0], [11, 12, 13]]), torch.tensor([2, 3])

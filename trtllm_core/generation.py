@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from trtllm_core.checkpoint import Tokenizer
-from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig
+from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig, with_fields
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.decoding.live import LiveRequest
@@ -127,7 +127,7 @@ class GenerationSession(EngineProperties):
         self,
         input_ids: torch.Tensor,
         context_lengths: torch.Tensor,
-        sampling_config: SamplingConfig,
+        sampling_config: SamplingConfig | Sequence[SamplingConfig],
         stop_words_list: Sequence[Sequence[int]] | None = None,
         bad_words_list: Sequence[Sequence[int]] | None = None,
         no_repeat_ngram_size: int | None = None,
@@ -143,6 +143,9 @@ class GenerationSession(EngineProperties):
         Args:
             input_ids: integers, padded ``[batch, max_context_length]`` on the right, or packed ``[tokens]``.
             context_lengths: integers ``[batch]``.
+            sampling_config: one for all, or one for each.
+            stop_words_list, bad_words_list, no_repeat_ngram_size: replace those of ``sampling_config``; one value for
+                all, or a vector with one for each.
             streaming: return an iterator; see ``decode_stream``.
             full: with ``streaming``, the whole result after each step, as the classic runtime gave it: the tensor, or
                 with ``return_dict`` a dictionary with ``output_ids`` and the lengths and log-probabilities that were
@@ -170,9 +173,9 @@ class GenerationSession(EngineProperties):
             "return_dict": return_dict or None,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
-        sampling = sampling_config.replace(**changes) if changes else sampling_config
         prompts = _unpack(input_ids, context_lengths)
-        self._check_setup(prompts, sampling)
+        sampling = with_fields(sampling_config, len(prompts), changes)
+        self._check_setup(prompts, [sampling] if isinstance(sampling, SamplingConfig) else sampling)
         return self.decode_batch(prompts, sampling, streaming, stopping_criteria, logits_processor, full=full)
 
     def decode_batch(
@@ -267,17 +270,19 @@ class GenerationSession(EngineProperties):
         if errors:
             raise errors[0]
 
-    def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+    def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingConfig]) -> None:
         if self._shape is None:
             raise ConfigError("call setup(batch_size, max_context_length, max_new_tokens) before decode")
         batch, context, new, beams = self._shape
-        if len(prompts) != batch or max(map(len, prompts)) > context or sampling.max_new_tokens > new:
+        wanted = max(config.max_new_tokens for config in sampling)
+        if len(prompts) != batch or max(map(len, prompts)) > context or wanted > new:
             raise ConfigError(
                 f"setup was for {batch} sequences of up to {context} + {new} tokens; decode got {len(prompts)} of up "
-                f"to {max(map(len, prompts))} + {sampling.max_new_tokens}"
+                f"to {max(map(len, prompts))} + {wanted}"
             )
-        if sampling.num_beams > beams:
-            raise ConfigError(f"setup was for beam_width {beams}; decode got num_beams {sampling.num_beams}")
+        width = max(config.num_beams for config in sampling)
+        if width > beams:
+            raise ConfigError(f"setup was for beam_width {beams}; decode got num_beams {width}")
 
     def _stats(self) -> SessionStats:
         return SessionStats(

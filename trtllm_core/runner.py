@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from trtllm_core.checkpoint import Tokenizer
-from trtllm_core.config import KVCacheConfig, Mapping, SamplingConfig
+from trtllm_core.config import KVCacheConfig, Mapping, SamplingConfig, with_fields
 from trtllm_core.decoding.plan import Plan
 from trtllm_core.engine.directory import TOKENIZER
 from trtllm_core.errors import CapacityError, ConfigError
@@ -120,7 +120,8 @@ class ModelRunner(EngineProperties):
             streaming: return an iterator over ``Delta``; with ``full``, over the whole result after each step.
             stopping_criteria, logits_processor: objects to use beside those that the config names.
             text: deltas and outputs carry text.
-            fields: SamplingConfig fields that replace those of ``sampling_config``.
+            fields: SamplingConfig fields that replace those of ``sampling_config``: one value for all, or a vector with
+                one for each (see ``SamplingConfig.for_batch``).
 
         Returns:
             As ``GenerationSession.decode``.
@@ -137,12 +138,14 @@ class ModelRunner(EngineProperties):
                 f"{len(batch_input_ids)} prompts at once; the engine was built for max_batch_size {self.max_batch_size}"
             )
         base = sampling_config if sampling_config is not None else SamplingConfig()
-        if isinstance(base, SamplingConfig):
-            base = base.replace(**fields) if fields else base
-        elif fields:
-            base = [config.replace(**fields) for config in base]
         return self.generation.decode_batch(
-            batch_input_ids, base, streaming, stopping_criteria, logits_processor, full=full, text=text
+            batch_input_ids,
+            with_fields(base, len(batch_input_ids), fields),
+            streaming,
+            stopping_criteria,
+            logits_processor,
+            full=full,
+            text=text,
         )
 
     def explain(self, sampling_config: SamplingConfig) -> Plan:

@@ -113,28 +113,36 @@ class Reference:
     NEG = float(np.finfo(np.float32).min)
 
     @staticmethod
-    def bias(x: np.ndarray, bias: dict[int, float]) -> np.ndarray:
+    def bias(x: np.ndarray, bias: dict[int, float] | Sequence[float]) -> np.ndarray:
         x = x.copy()
-        for token, value in bias.items():
+        for token, value in bias.items() if isinstance(bias, dict) else enumerate(bias):
             x[token] += np.float32(value)
         return x
 
     @staticmethod
-    def temperature(x: np.ndarray, temperature: float) -> np.ndarray:
+    def temperature(x: np.ndarray, temperature: float, preset: str = "trtllm") -> np.ndarray:
+        if preset == "hf":
+            return x / np.float32(temperature)
         return x * np.float32(np.float32(1.0) / np.float32(temperature + 1e-6))
 
     @staticmethod
-    def penalties(x: np.ndarray, ids: Sequence[int], rep: float, pres: float, freq: float) -> np.ndarray:
-        c = np.bincount(np.array(ids, int), minlength=len(x))
-        v = np.where(x < 0, x * np.float32(rep), x / np.float32(rep))
-        v = v - np.float32(pres) - np.float32(freq) * c.astype(np.float32)
+    def penalties(
+        x: np.ndarray, ids: Sequence[int], rep: float, pres: float, freq: float, ignored: int = 0
+    ) -> np.ndarray:
+        """Presence and frequency do not count the first ``ignored`` tokens, as TensorRT-LLM documents it."""
+        seen = np.bincount(np.array(ids, int), minlength=len(x)) > 0
+        c = np.bincount(np.array(ids[ignored:], int), minlength=len(x))
+        x = np.where(seen, np.where(x < 0, x * np.float32(rep), x / np.float32(rep)), x)
+        v = x - np.float32(pres) - np.float32(freq) * c.astype(np.float32)
         return np.where(c > 0, v, x).astype(np.float32)
 
     @classmethod
-    def min_length(cls, x: np.ndarray, generated: int, least: int, end_ids: Sequence[int]) -> np.ndarray:
+    def min_length(
+        cls, x: np.ndarray, generated: int, least: int, end_ids: Sequence[int], preset: str = "trtllm"
+    ) -> np.ndarray:
         x = x.copy()
         if generated < least:
-            x[list(end_ids)] = cls.NEG
+            x[list(end_ids)] = cls.NEG if preset == "trtllm" else -np.inf
         return x
 
     @staticmethod

@@ -18,13 +18,18 @@ WORDS = ((4,), (1, 2, 5), (2, 3), (1, 3), (7, 1, 1, 2))
 CASES = {
     "embedding_bias": (
         EmbeddingBias,
-        [{"embedding_bias": {3: 1.5, 0: -2.0}}, {"embedding_bias": {i: 0.1 * i for i in range(30)}}, {}],
+        [
+            {"embedding_bias": {3: 1.5, 0: -2.0}},
+            {"embedding_bias": {i: 0.1 * i for i in range(30)}},
+            {"embedding_bias": [0.0, 2.0, *[0.3] * 38]},
+            {},
+        ],
         lambda r, x, f, ids, s: r.bias(x, s.embedding_bias or {}),
     ),
     "temperature": (
         Temperature,
-        [{"temperature": 0.5}, {"temperature": 1.7}, {"temperature": 0.01}],
-        lambda r, x, f, ids, s: r.temperature(x, s.temperature),
+        [{"temperature": 0.5}, {"temperature": 1.7, "preset": "hf"}, {"temperature": 0.01}, {"temperature": 0.0}],
+        lambda r, x, f, ids, s: r.temperature(x, s.temperature or 1.0, s.preset),
     ),
     "min_p": (
         MinP,
@@ -33,8 +38,17 @@ CASES = {
     ),
     "min_length": (
         MinLength,
-        [{"min_length": 1}, {"min_length": 3}, {"min_length": 0}, {"min_length": 9}],
-        lambda r, x, f, ids, s: r.min_length(x, len(ids) - f.prompt, s.min_length, f.end_ids),
+        [
+            {"min_length": 1},
+            {"min_length": 3, "preset": "hf"},
+            {"min_length": 0},
+            {"min_length": 9},
+            {"min_sequence_length": 11, "preset": "hf"},
+            {"min_length": 4, "min_sequence_length": 6},
+        ],
+        lambda r, x, f, ids, s: r.min_length(
+            x, len(ids) - f.prompt, max(s.min_length, s.min_sequence_length - f.prompt), f.end_ids, s.preset
+        ),
     ),
     "penalties": (
         Penalties,
@@ -42,13 +56,16 @@ CASES = {
             {"repetition_penalty": 1.3},
             {"repetition_penalty": 0.8, "presence_penalty": 0.5},
             {"frequency_penalty": 0.25, "presence_penalty": -0.1, "prompt_ignore_length": 2},
+            {"repetition_penalty": 1.3, "presence_penalty": 0.5, "prompt_ignore_length": 3},
+            {"repetition_penalty": 1.2, "frequency_penalty": 0.25, "prompt_ignore_length": 10**6},
         ],
         lambda r, x, f, ids, s: r.penalties(
             x,
-            ids[min(s.prompt_ignore_length, f.prompt) :],
+            ids,
             s.repetition_penalty,
             s.presence_penalty,
             s.frequency_penalty,
+            min(s.prompt_ignore_length, f.prompt),
         ),
     ),
     "no_repeat_ngram": (
@@ -58,8 +75,15 @@ CASES = {
     ),
     "bad_words": (
         BadWords,
-        [{"bad_words_list": WORDS}, {"bad_words_list": ((2,),)}, {"bad_words_list": ((1, 2, 1, 2, 3, 4, 0), (5, 5))}],
-        lambda r, x, f, ids, s: r.bad_words(x, ids, s.bad_words_list),
+        [
+            {"bad_words_list": WORDS},
+            {"bad_words_list": ((2,),)},
+            {"bad_words_list": ((1, 2, 1, 2, 3, 4, 0), (5, 5))},
+            {"bad_words_list": ((1,), (3,), (2, 1)), "preset": "hf"},
+        ],
+        lambda r, x, f, ids, s: r.bad_words(
+            x, ids, [w for w in s.bad_words_list if s.preset != "hf" or len(w) > 1 or w[0] not in f.end_ids]
+        ),
     ),
 }
 
@@ -202,13 +226,18 @@ def test_golden_bans(new_floor):
 
 
 @pytest.mark.parametrize(
-    ("make", "wish"), [(EmbeddingBias, {"embedding_bias": {40: 1.0}}), (BadWords, {"bad_words_list": [[1, 41]]})]
+    ("make", "wish", "words"),
+    [
+        (EmbeddingBias, {"embedding_bias": {40: 1.0}}, "not in the vocabulary of 40"),
+        (EmbeddingBias, {"embedding_bias": [0.5] * 41}, "embedding_bias has 41 numbers for 40 tokens"),
+        (BadWords, {"bad_words_list": [[1, 41]]}, "not in the vocabulary of 40"),
+    ],
 )
-def test_tokens_outside_the_vocabulary_are_refused(make, wish, new_floor):
+def test_tokens_outside_the_vocabulary_are_refused(make, wish, words, new_floor):
     floor = new_floor()
     plugin = make()
     plugin.setup(floor.context)
-    with pytest.raises(ConfigError, match="not in the vocabulary of 40"):
+    with pytest.raises(ConfigError, match=words):
         plugin.begin(0, floor.view(0, [1], **wish))
 
 

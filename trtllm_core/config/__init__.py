@@ -12,7 +12,7 @@ from trtllm_core.config.engine import (
 )
 from trtllm_core.config.mapping import Mapping, WorldConfig
 from trtllm_core.config.model import DType, ModelConfig
-from trtllm_core.config.sampling import PluginUse, SamplingConfig, use
+from trtllm_core.config.sampling import PluginUse, SamplingConfig, use, with_fields
 
 __all__ = [
     "FORMAT_VERSION",
@@ -30,4 +30,5 @@ __all__ = [
     "SamplingConfig",
     "WorldConfig",
     "use",
+    "with_fields",
 ]

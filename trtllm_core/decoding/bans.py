@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
 
 
-def lower(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, value: float = -torch.inf) -> None:
+def lower(
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, value: float | torch.Tensor = -torch.inf
+) -> None:
     """Lower the logits of some tokens to ``value``, in place and without a sync.
 
     Args:
@@ -24,6 +26,7 @@ def lower(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, value:
         tokens: int64 ``[n, m]``. Ids outside the vocabulary, such as the -1 of padding, are passed over.
         mask: bool, broadcasts to ``[n, m]``: which of the tokens are meant. One that occurs several times is lowered if
             any of its places is.
+        value: one for all, or float32 ``[n, 1]``.
     """
     known = (tokens >= 0) & (tokens < logits.shape[1])
     values = torch.where(mask & known, value, torch.inf)
@@ -76,7 +79,8 @@ class NoRepeatNgram(DeviceLogitsProcessor):
 class BadWords(DeviceLogitsProcessor):
     """Forbids the last token of each word whose other tokens stand right before it, prompt included.
 
-    Words are kept last token first, as the text before a position is read.
+    In preset ``hf`` an end token on its own is no bad word, as in transformers. Words are kept last token first, as the
+    text before a position is read.
     """
 
     phase = Phase.CONSTRAINT
@@ -97,6 +101,8 @@ class BadWords(DeviceLogitsProcessor):
         words = view.sampling.bad_words_list
         if wrong := [word for word in words if max(word) >= self._vocab_size]:
             raise ConfigError(f"bad_words_list: {wrong[0]} is not in the vocabulary of {self._vocab_size} tokens")
+        if view.sampling.preset == "hf":
+            words = tuple(word for word in words if not (len(word) == 1 and word[0] in view.end_ids))
         self._words.write(slot, [word[::-1] for word in words])
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:

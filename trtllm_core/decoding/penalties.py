@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, CommitBatch, DecodingContext, LogitsBatch
 
 
-class Penalties(DeviceLogitsProcessor):
-    """The three penalties in one pass, for each token that occurs ``c > 0`` times in the text:
+_IGNORED = 1 << 24
+"""Added to the count of a token that occurs among the first ``prompt_ignore_length``: more than any text is long."""
 
-    ``x = x·r if x < 0 else x/r`` (repetition), then ``x −= p`` (presence), then ``x −= f·c`` (frequency). Prompt
-    tokens count, but for the first ``prompt_ignore_length``. In a verify step the drafts before a position count too.
+
+class Penalties(DeviceLogitsProcessor):
+    """The three penalties in one pass, for each token of the text, prompt included:
+
+    ``x = x·r if x < 0 else x/r`` (repetition), and where it occurs ``c > 0`` times after the first
+    ``prompt_ignore_length`` tokens of the prompt, ``x −= p`` (presence) and ``x −= f·c`` (frequency). In a verify step
+    the drafts before a position count too.
 
     Only tokens of the text can change, so only they are gathered, changed and written back: the work grows with
     ``max_seq_len`` and not with the vocabulary. A token that occurs twice is written twice, with the same value.
@@ -45,10 +51,17 @@ class Penalties(DeviceLogitsProcessor):
         self._repetition[slot] = sampling.repetition_penalty
         self._presence[slot] = sampling.presence_penalty
         self._frequency[slot] = sampling.frequency_penalty
-        prompt = torch.tensor(view.prompt[sampling.prompt_ignore_length :], dtype=torch.int64)
+        ignored, counted = (
+            self._occurrences(part)
+            for part in (view.prompt[: sampling.prompt_ignore_length], view.prompt[sampling.prompt_ignore_length :])
+        )
+        self._counts[slot] = (counted + (ignored > 0) * _IGNORED).to(self._counts)
+
+    def _occurrences(self, tokens: Sequence[int]) -> torch.Tensor:
         width = self._counts.shape[1]
-        prompt = prompt[prompt < width]  # ids above it stand for embeddings (prompt tuning), not for tokens
-        self._counts[slot] = torch.bincount(prompt, minlength=width).to(self._counts)
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        # Ids above the vocabulary stand for embeddings (prompt tuning), not for tokens.
+        return torch.bincount(ids[ids < width], minlength=width)
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         tokens = texts(batch)[0].clamp_(max=logits.shape[1] - 1)
@@ -61,8 +74,9 @@ class Penalties(DeviceLogitsProcessor):
         p = per_row(self._presence, batch, neutral=0.0)
         f = per_row(self._frequency, batch, neutral=0.0)
         x = logits.gather(1, tokens)
-        penalised = torch.where(x < 0, x * r, x / r) - p - f * count
-        logits.scatter_(1, tokens, torch.where(count > 0, penalised, x))
+        seen, count = count > 0, count & (_IGNORED - 1)
+        penalised = torch.where(x < 0, x * r, x / r) - p * (count > 0) - f * count
+        logits.scatter_(1, tokens, torch.where(seen, penalised, x))
 
     def commit(self, batch: CommitBatch) -> None:
         counted = accepted(batch)

@@ -49,7 +49,7 @@ def trtllm_register_logits_processors(registrar: LogitsProcessorRegistrar) -> No
             "prompt_ignore_length": 0,
         },
     )
-    registrar.add("min_length", f"{_HERE}.processors:MinLength", consumes={"min_length": 0})
+    registrar.add("min_length", f"{_HERE}.processors:MinLength", consumes={"min_length": 0, "min_sequence_length": 0})
     registrar.add("no_repeat_ngram", f"{_HERE}.bans:NoRepeatNgram", consumes={"no_repeat_ngram_size": 0})
     registrar.add("bad_words", f"{_HERE}.bans:BadWords", consumes={"bad_words_list": ()})
     # 1 is top_k's default: greedy where nobody names a decoder, and not meant where somebody does.

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class EmbeddingBias(DeviceLogitsProcessor):
-    """``x[token] += bias`` for the tokens of ``embedding_bias``."""
+    """``x[token] += bias`` for the tokens of ``embedding_bias``.
+
+    That names some tokens, or has a number for each of the vocabulary, of which those that are not 0 are kept.
+    """
 
     phase = Phase.BIAS
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
@@ -37,6 +40,12 @@ class EmbeddingBias(DeviceLogitsProcessor):
 
     def begin(self, slot: int, view: BranchView) -> None:
         bias = view.sampling.embedding_bias or {}
+        if isinstance(bias, tuple):
+            if len(bias) != self._vocab_size:
+                raise ConfigError(
+                    f"embedding_bias has {len(bias)} numbers for {self._vocab_size} tokens: give one each"
+                )
+            bias = {token: value for token, value in enumerate(bias) if value}
         if wrong := [token for token in bias if not 0 <= token < self._vocab_size]:
             raise ConfigError(f"embedding_bias: token {wrong[0]} is not in the vocabulary of {self._vocab_size} tokens")
         self._tokens.write(slot, list(bias.keys()))
@@ -52,7 +61,7 @@ class EmbeddingBias(DeviceLogitsProcessor):
 
 
 class Temperature(DeviceLogitsProcessor):
-    """``x · 1 / (temperature + 1e-6)``, the classic runtime's formula.
+    """``x · 1 / (temperature + 1e-6)``, the classic runtime's formula; in preset ``hf``, ``x / temperature``.
 
     A temperature of 0 means a greedy choice, which is the plan's to make: here it is 1, as in the classic runtime.
     """
@@ -67,7 +76,7 @@ class Temperature(DeviceLogitsProcessor):
 
     def begin(self, slot: int, view: BranchView) -> None:
         temperature = view.sampling.temperature or 1.0
-        self._scale[slot] = 1.0 / (temperature + 1e-6)
+        self._scale[slot] = 1.0 / (temperature if view.sampling.preset == "hf" else temperature + 1e-6)
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         logits.mul_(per_row(self._scale, batch, neutral=1.0))
@@ -77,16 +86,21 @@ class Temperature(DeviceLogitsProcessor):
 
 
 class MinLength(DeviceLogitsProcessor):
-    """Lowers all end tokens to -FLT_MAX while fewer than ``min_length`` tokens are generated. Stop words stay."""
+    """Lowers all end tokens while the text is too short: to -FLT_MAX, in preset ``hf`` to -inf. Stop words stay.
+
+    It is too short with fewer generated tokens than ``min_length``, or fewer in all than ``min_sequence_length``.
+    """
 
     phase = Phase.CONSTRAINT
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
 
     _min_length: torch.Tensor
+    _lowest: torch.Tensor
     _end_ids: SlotTable
 
     def setup(self, context: DecodingContext) -> None:
         self._min_length = torch.zeros(context.slots, dtype=torch.int64, device=context.device)
+        self._lowest = torch.zeros(context.slots, device=context.device)
         self._end_ids = SlotTable(context.slots, context.device, fill=-1)
 
     @property
@@ -94,12 +108,14 @@ class MinLength(DeviceLogitsProcessor):
         return self._end_ids.shape
 
     def begin(self, slot: int, view: BranchView) -> None:
-        self._min_length[slot] = view.sampling.min_length
+        sampling = view.sampling
+        self._min_length[slot] = max(sampling.min_length, sampling.min_sequence_length - len(view.prompt))
+        self._lowest[slot] = -torch.inf if sampling.preset == "hf" else torch.finfo(torch.float32).min
         self._end_ids.write(slot, view.end_ids)
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         early = generated(batch).unsqueeze(1) < per_row(self._min_length, batch, neutral=0)
-        lower(logits, self._end_ids.rows[batch.slot], early, torch.finfo(logits.dtype).min)
+        lower(logits, self._end_ids.rows[batch.slot], early, self._lowest[batch.slot].unsqueeze(1))
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        copy_slots(src, dst, self._min_length, self._end_ids.rows)
+        copy_slots(src, dst, self._min_length, self._lowest, self._end_ids.rows)

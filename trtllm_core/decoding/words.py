@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_core.config.words import words_of
 from trtllm_core.errors import ConfigError
 
 Word = tuple[int, ...]
@@ -56,14 +57,7 @@ def from_word_list_format(array: Any) -> list[list[Word]]:
     array = np.asarray(array)
     if array.ndim != 3 or array.shape[1] != 2:
         raise ConfigError(f"a word list has the shape [batch, 2, length], not {list(array.shape)}")
-    result = []
-    for tokens, ends in array.tolist():
-        ends = ends[: ends.index(-1)] if -1 in ends else ends
-        starts = [0, *ends[:-1]]
-        if any(end <= start or end > len(tokens) for start, end in zip(starts, ends, strict=False)):
-            raise ConfigError(f"a word list's ends must rise and be at most {len(tokens)}, not {ends}")
-        result.append([tuple(tokens[start:end]) for start, end in zip(starts, ends, strict=False)])
-    return result
+    return words_of(array.tolist())
 
 
 def _words(row: Sequence[str | bytes | Sequence[int]], tokenizer: Any, add_special: bool) -> list[Word]:
