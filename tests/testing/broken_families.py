@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from trtllm_core.config import ModelConfig
+from trtllm_core.nn import Alibi, alibi_slopes
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import CheckpointView, ModelFamilyRegistrar, Weight, hookimpl
+from trtllm_core.plugin import CheckpointView, ModelFamily, ModelFamilyRegistrar, Weight, hookimpl
+from trtllm_plugin_bloom.family import BloomFamily
 from trtllm_plugin_llama.family import LlamaFamily
-
-Change = Callable[[Weight], Weight]
 
 
 class Wrong(LlamaFamily):
@@ -134,17 +134,37 @@ class NoResidual(Wrong):
         return module
 
 
+class SlopesOfOneRank(BloomFamily):
+    """Right on one rank; on two, each counts its heads from 0, so that the second has the first one's slopes."""
+
+    def module(self, config: ModelConfig, parallel: TensorParallel) -> nn.Module:  # type: ignore[override]
+        module = super().module(config, parallel)
+        (alibi,) = {layer for layer in module.modules() if isinstance(layer, Alibi)}
+        alibi.slopes = alibi_slopes(config.num_heads)[: len(alibi.slopes)]
+        return module
+
+
+class SlopesInReverse(BloomFamily):
+    """The last head falls as fast as the first should."""
+
+    def module(self, config: ModelConfig, parallel: TensorParallel) -> nn.Module:  # type: ignore[override]
+        module = super().module(config, parallel)
+        (alibi,) = {layer for layer in module.modules() if isinstance(layer, Alibi)}
+        alibi.slopes = alibi.slopes[::-1]
+        return module
+
+
 class Plugin:
     """Registers one broken family in place of the right one."""
 
     hook_api = "model_family>=1.0,<2"
 
-    def __init__(self, family: type[LlamaFamily]) -> None:
+    def __init__(self, family: type[ModelFamily]) -> None:
         self._family = family
 
     @hookimpl
     def trtllm_register_model_families(self, registrar: ModelFamilyRegistrar) -> None:
-        registrar.add("llama", self._family, architectures=self._family.architectures)
+        registrar.add(self._family.name, self._family, architectures=self._family.architectures)
 
 
 swapped_halves = Plugin(SwappedHalves)
@@ -157,3 +177,5 @@ reordered_inputs = Plugin(ReorderedInputs)
 sized_transform = Plugin(SizedTransform)
 wrong_epsilon = Plugin(WrongEpsilon)
 no_residual = Plugin(NoResidual)
+slopes_of_one_rank = Plugin(SlopesOfOneRank)
+slopes_in_reverse = Plugin(SlopesInReverse)

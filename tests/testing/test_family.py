@@ -27,6 +27,10 @@ class TestLlama(ModelFamilyConformance):
     )
 
 
+class TestBloom(ModelFamilyConformance):
+    config = transformers.BloomConfig(vocab_size=67, hidden_size=64, n_layer=2, n_head=4)
+
+
 LOGITS = {
     "test_prefill",
     "test_ragged_batch",
@@ -51,17 +55,19 @@ BROKEN = {
     "sized_transform": {"test_adapters"},
     "takes_anything": {"test_an_unknown_tensor_is_refused"},
 }
+BROKEN_BLOOM = {"slopes_in_reverse": LOGITS, "slopes_of_one_rank": {"test_tensor_parallel"}}
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [*BROKEN, *BROKEN_BLOOM])
 def test_a_broken_family_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    right: type[ModelFamilyConformance] = TestLlama if name in BROKEN else TestBloom
 
-    class Broken(TestLlama):
+    class Broken(right):  # type: ignore[misc,valid-type]
         plugins = (f"broken_families:{name}",)
-        deny = ("llama",)
+        deny = ("llama", "bloom")
 
-    assert failures(Broken, tmp_path) == BROKEN[name]
+    assert failures(Broken, tmp_path) == (BROKEN | BROKEN_BLOOM)[name]
 
 
 def test_the_right_family_fails_nothing(tmp_path: Path) -> None:
