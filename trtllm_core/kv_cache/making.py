@@ -27,23 +27,36 @@ def make_cache(
         ConfigError: options that it refuses, or something that it needs and cannot be given here.
         CapacityError: a pool too small for anything.
     """
-    build = executable.config.build
-    entry = plugins.kv_policies.get(config.policy, plugins.missing_hint("kv_policy", config.policy))
-    policy = _make(entry.load(), config)
+    policy = make_policy(config, plugins)
     needs = set(policy.needs - ({"tokens"} if history is not None else set()))
     needs |= {name for name in UNUSED if getattr(type(policy), name) is not getattr(KVPolicy, name)}
     if needs:
         raise ConfigError(f"KV policy {config.policy!r} needs {listing(needs)}, which this session cannot give it")
+    build = executable.config.build
     size = build.tokens_per_block
     full = build.max_branches * -(-build.max_seq_len // size) * size
     budget = KVBudget(build.max_branches, build.max_seq_len, size, config.max_tokens or full)
     return KVCache(policy, executable, budget, history)
 
 
-def _make(factory: Any, config: KVCacheConfig) -> KVPolicy:
+def make_policy(config: KVCacheConfig, plugins: Plugins) -> KVPolicy:
+    """The policy that the config names, with its options.
+
+    Raises:
+        PluginNotFoundError: no such policy.
+        ConfigError: options that it refuses, or it is no policy.
+    """
+    entry = plugins.kv_policies.get(config.policy, plugins.missing_hint("kv_policy", config.policy))
+    factory: Any = entry.load()
     model = getattr(factory, "Options", None)
     if model is None and config.options:
         raise ConfigError(f"KV policy {config.policy!r} takes no options, but was given {listing(config.options)}")
+    if model is not None and model.model_config.get("extra") != "allow":  # a plain pydantic model passes over others
+        known = {name for n, f in model.model_fields.items() for name in (n, f.alias) if name}
+        if unknown := config.options.keys() - known:
+            raise ConfigError(
+                f"KV policy {config.policy!r} has no option {listing(unknown)} (known: {listing(model.model_fields)})"
+            )
     try:
         policy = factory(None if model is None else model(**config.options))
     except ValueError as error:
