@@ -154,8 +154,17 @@ def test_numbers_may_be_given_for_each_request():
     first, second = core_configs(config, [[1], [2]])
     assert (first.temperature, first.top_k, first.min_length, first.random_seed) == (0.5, 3, 2, 11)
     assert (second.temperature, second.top_k, second.min_length, second.random_seed) == (2.0, 4, 2, 12)
-    with pytest.raises(ConfigError, match=r"temperature has 2 entries for 3 requests: give 1 or 3"):
+    with pytest.raises(ConfigError, match="has 2 values for a batch of 3"):
         core_configs(config, [[1], [2], [3]])
+
+
+def test_later_fields_are_there_too():
+    config = SamplingConfig(7, 7, embedding_bias=torch.tensor([[0.0, 1.0], [2.0, 0.0]]), beam_width_array=[2, 3])
+    config.update(min_p=0.1, no_repeat_ngram_size=2, num_return_sequences=3, normalize_log_probs=True, num_beams=3)
+    first, second = core_configs(config, [[1], [2]])
+    assert (first.embedding_bias, second.embedding_bias) == ((0.0, 1.0), (2.0, 0.0))
+    assert (first.min_p, first.no_repeat_ngram_size, first.num_return_sequences) == (0.1, 2, 3)
+    assert (first.beam_width_array, first.normalize_log_probs) == ((2, 3), True)
 
 
 def test_ends(caplog):
@@ -184,7 +193,7 @@ def test_words_come_in_every_form(words):
     first, second = core_configs(config, [[1], [2]])
     assert (first.stop_words_list, second.stop_words_list) == (((5, 7, 3), (9, 2)), ((8,),))
     assert first.bad_words_list == second.bad_words_list == ((4,),)
-    with pytest.raises(ConfigError, match="stop_words_list is for 2 requests, not 3"):
+    with pytest.raises(ConfigError, match="stop_words_list has 2 values for a batch of 3"):
         core_configs(config, [[1], [2], [3]])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from trtllm_core.compat.tensorrt_llm.logger import logger
 from trtllm_core.config import SamplingConfig as CoreConfig
 from trtllm_core.decoding.words import from_word_list_format
-from trtllm_core.errors import ConfigError
 
 Number = Any
 """A number, or a tensor, array or list of one for each request."""
@@ -55,6 +53,8 @@ class SamplingConfig:
     prompt_ignore_length: Number = field(default=None, kw_only=True)
     beam_width_array: Sequence[int] | None = field(default=None, kw_only=True)
     num_return_sequences: int | None = field(default=None, kw_only=True)
+    embedding_bias: Any = field(default=None, kw_only=True)
+    normalize_log_probs: bool | None = field(default=None, kw_only=True)
     beam_search_diversity_rate: Number = field(init=False, default=0.0)
     random_seed: Number = field(init=False, default=None)
     output_cum_log_probs: bool = field(init=False, default=False)
@@ -71,32 +71,8 @@ class SamplingConfig:
 BEAMS = ("length_penalty", "early_stopping", "beam_search_diversity_rate", "beam_width_array", "use_beam_hyps")
 """Fields that mean nothing to a request of one beam."""
 
-NUMBERS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_p_decay",
-    "top_p_min",
-    "top_p_reset_ids",
-    "repetition_penalty",
-    "min_length",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_p",
-    "no_repeat_ngram_size",
-    "prompt_ignore_length",
-    "random_seed",
-)
-
-PLAIN = (
-    "max_new_tokens",
-    "sink_token_length",
-    "output_sequence_lengths",
-    "return_dict",
-    "output_cum_log_probs",
-    "output_log_probs",
-    "num_return_sequences",
-)
+LIMITS = {"top_k": (0, 1024), "top_p": (0.0, 1.0)}
+"""The classic runtime cut these to their range, with a warning."""
 
 
 def core_configs(config: SamplingConfig, prompts: Sequence[Sequence[int]]) -> list[CoreConfig]:
@@ -108,71 +84,47 @@ def core_configs(config: SamplingConfig, prompts: Sequence[Sequence[int]]) -> li
     Raises:
         ConfigError: a number with neither one entry nor one for each request, or a value out of its range.
     """
-    batch = len(prompts)
-    columns = {name: _column(name, getattr(config, name), batch) for name in NUMBERS}
-    if config.num_beams > 1:
-        columns |= {name: _column(name, getattr(config, name), batch) for name in BEAMS if name != "beam_width_array"}
-    words = {name: _words(name, getattr(config, name), batch) for name in ("stop_words_list", "bad_words_list")}
-    whole: dict[str, Any] = {name: getattr(config, name) for name in PLAIN}
-    whole |= {"num_beams": config.num_beams, "sink_token_length": config.sink_token_length or None}
-    if config.num_beams > 1:
-        whole["beam_width_array"] = config.beam_width_array
-    if config.end_id is not None:
-        whole["end_id"] = () if config.end_id < 0 else int(config.end_id)
-        if config.end_id < 0:
-            whole["pad_id"] = config.pad_id
-    out = []
-    for row, prompt in enumerate(prompts):
-        own = {name: _in_range(name, column[row]) for name, column in (columns | words).items()}
-        own["random_seed"] = own["random_seed"] or 0
-        own["max_attention_window_size"] = _window(
-            config.max_attention_window_size, len(prompt) + config.max_new_tokens
-        )
-        out.append(CoreConfig(**{name: value for name, value in (whole | own).items() if value is not None}))
-    return out
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    windows = given.pop("max_attention_window_size", None)
+    sinks = given.pop("sink_token_length", None)
+    if config.num_beams == 1:
+        given = {name: value for name, value in given.items() if name not in BEAMS}
+    pad = given.pop("pad_id", None)
+    if config.end_id is not None and config.end_id < 0:
+        given |= {"end_id": (), "pad_id": pad}
+    fields = {name: _in_range(name, _plain(name, value)) for name, value in given.items()}
+    rows = CoreConfig.for_batch(len(prompts), **{"random_seed": 0, **fields})
+    own = [_cache_fields(windows, sinks, len(prompt) + config.max_new_tokens) for prompt in prompts]
+    return [row.replace(**fields) if fields else row for row, fields in zip(rows, own, strict=True)]
 
 
-def _column(name: str, value: Any, batch: int) -> list[Any]:
-    """A value for each request."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        value = value.reshape(-1).tolist()
-    if not isinstance(value, (list, tuple)):
-        return [value] * batch
-    if len(value) not in (1, batch):
-        raise ConfigError(f"SamplingConfig.{name} has {len(value)} entries for {batch} requests: give 1 or {batch}")
-    return list(value) * (batch if len(value) == 1 else 1)
+def _plain(name: str, value: Any) -> Any:
+    """Tensors and arrays of numbers as lists, whatever their shape; words as lists of words."""
+    array = isinstance(value, (torch.Tensor, np.ndarray))
+    if name in ("stop_words_list", "bad_words_list"):
+        if not array:
+            return [row or () for row in value]
+        return from_word_list_format(value.cpu().long() if isinstance(value, torch.Tensor) else value)
+    return value.reshape(-1).tolist() if array and name != "embedding_bias" else value
 
 
 def _in_range(name: str, value: Any) -> Any:
-    """The classic runtime cut these two to their range, with a warning."""
-    limits = {"top_k": (0, 1024), "top_p": (0.0, 1.0)}
-    if name not in limits or value is None:
+    if name not in LIMITS:
         return value
-    low, high = limits[name]
+    if isinstance(value, (list, tuple)):
+        return [_in_range(name, item) for item in value]
+    low, high = LIMITS[name]
     cut = min(max(value, low), high)
     if cut != value:
         logger.warning(f"{name} {value} is out of range, {cut} is used")
     return cut
 
 
-def _words(name: str, value: Any, batch: int) -> list[Any]:
-    """The words of each request. One list of words serves all requests."""
-    if value is None:
-        return [None] * batch
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        value = from_word_list_format(value.cpu().long() if isinstance(value, torch.Tensor) else value)
-    rows = [tuple(tuple(map(int, word)) for word in row or ()) for row in value]
-    if len(rows) not in (1, batch):
-        raise ConfigError(f"SamplingConfig.{name} is for {len(rows)} requests, not {batch}")
-    return rows * (batch if len(rows) == 1 else 1)
-
-
-def _window(value: Any, length: int) -> Any:
-    """A window, or one for each layer, unless the whole sequence fits."""
-    if value is None:
-        return None
-    sizes = value.reshape(-1).tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
-    sizes = [int(size) for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes])]
-    if min(sizes, default=math.inf) >= length:
-        return None
-    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+def _cache_fields(windows: Any, sinks: int | None, length: int) -> dict[str, Any]:
+    """Windows, one for all layers or one for each, and sinks; nothing where the whole sequence fits."""
+    windows = _plain("", windows)
+    sizes = [int(size) for size in (windows if isinstance(windows, (list, tuple)) else [windows or length])]
+    if min(sizes) >= length:
+        return {}
+    window: Any = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+    return {"max_attention_window_size": window, **({"sink_token_length": sinks} if sinks else {})}
