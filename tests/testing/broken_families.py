@@ -154,6 +154,16 @@ class SlopesInReverse(BloomFamily):
         return module
 
 
+class OwnEmbedding(Wrong):
+    """Rows of the embedding are looked up past the layer, so that nothing can stand in their place."""
+
+    def module(self, config: ModelConfig, parallel: TensorParallel) -> nn.Module:  # type: ignore[override]
+        module = super().module(config, parallel)
+        if parallel.size == 1:
+            module.embedding.forward = lambda ids: nn.functional.embedding(ids, module.embedding.weight)
+        return module
+
+
 class Plugin:
     """Registers one broken family in place of the right one."""
 
@@ -175,6 +185,7 @@ forgotten_parameter = Plugin(ForgottenParameter)
 whole_output = Plugin(WholeOutput)
 reordered_inputs = Plugin(ReorderedInputs)
 sized_transform = Plugin(SizedTransform)
+own_embedding = Plugin(OwnEmbedding)
 wrong_epsilon = Plugin(WrongEpsilon)
 no_residual = Plugin(NoResidual)
 slopes_of_one_rank = Plugin(SlopesOfOneRank)

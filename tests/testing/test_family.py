@@ -42,6 +42,7 @@ LOGITS = {
     "test_tensor_parallel",
     "test_dtypes",
     "test_adapters",
+    "test_prompt_tables",
 }
 BROKEN = {
     "swapped_halves": LOGITS,
@@ -53,6 +54,7 @@ BROKEN = {
     "whole_output": {"test_weight_map", "test_tensor_parallel"},
     "reordered_inputs": {"test_adapters"},
     "sized_transform": {"test_adapters"},
+    "own_embedding": {"test_prompt_tables"},
     "takes_anything": {"test_an_unknown_tensor_is_refused"},
 }
 BROKEN_BLOOM = {"slopes_in_reverse": LOGITS, "slopes_of_one_rank": {"test_tensor_parallel"}}

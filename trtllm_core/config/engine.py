@@ -30,6 +30,9 @@ class BuildConfig(Config):
     max_beam_width: int = Field(default=1, ge=1, le=64, description="most branches that a search may have")
     tokens_per_block: int = Field(default=64, ge=1, le=1024)
     tp_size: int = Field(default=1, ge=1)
+    max_prompt_embedding_table_size: int = Field(
+        default=0, ge=0, description="most rows of a request's prompt table, over all its tasks; 0 takes none"
+    )
     max_lora_rank: int = Field(default=0, ge=0, le=4096, description="largest rank of an adapter; 0 takes none")
     max_loras: int = Field(default=_MAX_LORAS, ge=1, le=1024, description="adapters that are loaded at once")
     lora_target_modules: tuple[str, ...] = Field(

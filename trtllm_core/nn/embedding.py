@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,10 +26,27 @@ class LMHead(Linear):
 
 
 class VocabParallelEmbedding(LMHead):
-    """A token's row of the table. ``logits`` uses the same table as a head, for models that tie the two."""
+    """A token's row of the table, times ``scale``. ``logits`` uses the same table as a head, for models that tie them.
+
+    ``replace`` may be put in place by a backend: it is given all rows, ``[..., hidden_size]``, and may write others
+    over some of them, as prompt tables ask. Families never notice.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel, scale: float = 1.0) -> None:
+        super().__init__(vocab_size, hidden_size, parallel)
+        self.scale = scale
+        self.replace: Callable[[torch.Tensor], None] | None = None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``input_ids [...]`` (any integer type) ``-> [..., hidden_size]``; ids of other ranks' rows count as zeros."""
+        """``input_ids [...]`` (any integer type) ``-> [..., hidden_size]``, the same on every rank."""
+        rows = self._rows(input_ids)
+        if self.scale != 1.0:
+            rows *= self.scale
+        if self.replace is not None:
+            self.replace(rows)
+        return rows
+
+    def _rows(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.parallel.size == 1:
             return functional.embedding(input_ids, self.weight)
         local = input_ids - self.parallel.rank * self.weight.shape[0]

@@ -47,6 +47,8 @@ class Capabilities:
     """A row's logits do not depend on what else is in the batch, bit for bit."""
     lora: bool = False
     """It takes adapters: ``put_adapter``, and the input ``lora_ids``."""
+    prompt_tables: bool = False
+    """It takes embeddings in place of tokens: the inputs ``virtual_tokens`` and ``virtual_embeddings``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,12 @@ from trtllm_core.engine.lora import lora_parts
 from trtllm_core.errors import CheckpointError
 from trtllm_core.parallel import TensorParallel, run_ranks
 from trtllm_core.plugin import Plugins
+from trtllm_core.prompt_table import VirtualTokens
 from trtllm_core.runner import ModelRunner
 from trtllm_core.session import Session
 from trtllm_core.testing.adapters import AdaptedModel, adapted_logits
 from trtllm_core.testing.packed import PackedRows, prefill_and_decode
-from trtllm_core.testing.reference import LIMITS, STEPS, ReferenceModel, oracle
+from trtllm_core.testing.reference import LIMITS, STEPS, ReferenceModel, oracle, virtual_oracle
 from trtllm_core.testing.weight_map import check_module_is_filled, check_weights_are_used_once
 
 Logits = list[torch.Tensor]
@@ -180,6 +181,21 @@ class ModelFamilyConformance:
         ours = adapted_logits(session, reference.plugins, paths, choices, prompts, 4)
         pairs = zip(choices, prompts, strict=True)
         self.check(reference, ours, [model.logits(str(one) if one >= 0 else None, ids) for one, ids in pairs])
+
+    def test_prompt_tables(self, reference: ReferenceModel) -> None:
+        """Embeddings in place of tokens, of another table for each row, answer as transformers' ``inputs_embeds``."""
+        engine = reference.engine(max_prompt_embedding_table_size=8)
+        session = Session.from_directory(engine, plugins=reference.plugins)
+        config = session.config.model
+        tables = torch.randn(2, 4, config.hidden_size)
+        rows = PackedRows(session, 3, shuffle=1)
+        rows.tables = {row: VirtualTokens(tables[row], config.vocab_size) for row in (0, 1)}
+        virtual, rest = [config.vocab_size + i for i in range(4)], reference.prompts[2]
+        prompts = [[*virtual, *rest[:6]], [rest[0], *virtual[::-1], rest[1], virtual[2]], rest[:9]]
+        first = rows.run({row: ids[:3] for row, ids in enumerate(prompts)})  # cut where virtual tokens stand
+        later = rows.run({row: ids[3:] for row, ids in enumerate(prompts)})
+        expected = [virtual_oracle(reference.model, ids, tables[row % 2]) for row, ids in enumerate(prompts)]
+        self.check(reference, [torch.cat((first[row], later[row])) for row in range(3)], expected)
 
     def test_dtypes(self, calm: ReferenceModel) -> None:
         """Half precision, against float32 arithmetic on the same rounded weights."""

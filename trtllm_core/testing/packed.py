@@ -12,6 +12,7 @@ from trtllm_core.config import EngineConfig
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Executable
 from trtllm_core.plugin.kv_policy import Edits, KVModel, KVPlan
+from trtllm_core.prompt_table import VirtualTokens, virtual_inputs
 from trtllm_core.session import Session, TensorInfo
 
 
@@ -58,6 +59,8 @@ class PackedRows:
         """Tokens in each row's cache."""
         self.lora_ids = np.full(count, -1, np.int32)
         """Each row's adapter; -1: none. Engines that take none are not told."""
+        self.tables: dict[int, VirtualTokens] = {}
+        """By row: what its virtual token ids stand for."""
 
     def inputs(self, tokens: Mapping[int, Sequence[int]]) -> dict[str, torch.Tensor]:
         """The input tensors of one call that appends ``tokens[row]`` to each row, in the order of the mapping."""
@@ -68,14 +71,17 @@ class PackedRows:
         used = -(-(past + counts) // self.plan.tokens_per_block)
         tables = np.where(np.arange(self.blocks.shape[1]) < used[:, None], self.blocks[rows], -1).astype(np.int32)
         lora = self.session.engine.capabilities.lora
+        packed = np.array([i for ids in tokens.values() for i in ids], np.int32)
+        virtual = virtual_inputs(packed, np.repeat(rows, counts), self.tables)
         return {
-            "input_ids": torch.tensor([i for ids in tokens.values() for i in ids], dtype=torch.int32),
+            "input_ids": torch.from_numpy(packed),
             "position_ids": torch.from_numpy(np.concatenate(positions)),
             "query_lengths": torch.from_numpy(counts),
             "past_lengths": torch.from_numpy(past),
             "block_tables": torch.from_numpy(tables),
             "logits_indices": torch.arange(int(counts.sum())),
             **({"lora_ids": torch.from_numpy(self.lora_ids[rows])} if lora else {}),
+            **virtual,
         }
 
     def run(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:

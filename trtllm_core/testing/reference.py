@@ -137,6 +137,15 @@ def oracle(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in prompts]
 
 
+@torch.inference_mode()
+def virtual_oracle(model: Any, ids: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+    """transformers' logits ``[tokens, vocab_size]`` of a prompt whose ids from ``vocab_size`` on stand for ``rows``."""
+    tokens, first = torch.tensor([ids]), model.config.vocab_size
+    embeddings = model.get_input_embeddings()(tokens.where(tokens < first, 0))
+    embeddings[tokens >= first] = rows[tokens[tokens >= first] - first].to(embeddings)
+    return model(inputs_embeds=embeddings, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
 def distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """The largest difference, as a share of the largest absolute logit."""
     difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))

@@ -17,6 +17,7 @@ from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
+from trtllm_core.nn import VocabParallelEmbedding
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
@@ -33,7 +34,15 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
     def vector(name: str, dtype: str, symbol: str, most: int) -> TensorSpec:
         return TensorSpec(name, dtype, (symbol,), True, (1,), (most,))
 
-    lora = () if not build.max_lora_rank else (replace(vector("lora_ids", "int32", "rows", rows), optional=True),)
+    more = []
+    if build.max_lora_rank:
+        more.append(replace(vector("lora_ids", "int32", "rows", rows), optional=True))
+    if build.max_prompt_embedding_table_size:
+        hidden = config.model.hidden_size
+        table = TensorSpec(
+            "virtual_embeddings", config.model.dtype, ("virtual", hidden), True, (1, hidden), (tokens, hidden), True
+        )
+        more += [replace(vector("virtual_tokens", "int64", "virtual", tokens), optional=True), table]
     return (
         vector("input_ids", "int32", "tokens", tokens),
         vector("position_ids", "int64", "tokens", tokens),
@@ -41,7 +50,7 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
         vector("past_lengths", "int32", "rows", rows),
         TensorSpec("block_tables", "int32", ("rows", "blocks"), True, (1, 1), (rows, blocks)),
         vector("logits_indices", "int64", "asked", asked),
-        *lora,
+        *more,
         TensorSpec("logits", "float32", ("asked", config.vocab_size_padded), False),
     )
 
@@ -52,7 +61,9 @@ class TorchExecutable(Executable):
     Inputs: ``input_ids`` and ``position_ids`` ``[tokens]``, the rows' tokens one after another; ``query_lengths`` and
     ``past_lengths`` ``[rows]``, tokens of this call and tokens cached before it; ``block_tables [rows, blocks]``;
     ``logits_indices [asked]``, the tokens whose logits are wanted. Output: ``logits [asked, vocab_size_padded]``.
-    Engines built for adapters take ``lora_ids [rows]``, the index of each row's adapter, -1 for none.
+    Engines built for adapters take ``lora_ids [rows]``, the index of each row's adapter, -1 for none. Engines built for
+    prompt tables take ``virtual_embeddings [virtual, hidden_size]``, what stands in place of the embeddings of the
+    tokens ``virtual_tokens [virtual]``, whose ids may be any of the vocabulary.
     """
 
     def __init__(
@@ -74,7 +85,13 @@ class TorchExecutable(Executable):
             multi_position=True,
             batch_invariant=batch_invariant,
             lora=lora is not None,
+            prompt_tables=config.build.max_prompt_embedding_table_size > 0,
         )
+        self._virtual: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.capabilities.prompt_tables:
+            for layer in module.modules():
+                if isinstance(layer, VocabParallelEmbedding):
+                    layer.replace = self._replace
         self._lora = lora
         self._context = InvariantContext if batch_invariant else PagedContext
         self._pool: KVPool | None = None
@@ -109,6 +126,8 @@ class TorchExecutable(Executable):
         if self._lora is not None:
             ids = inputs.get("lora_ids")
             self._lora.begin(None if ids is None else host(ids), host(inputs["query_lengths"]))
+        if self.capabilities.prompt_tables:
+            self._virtual = self._virtual_of(inputs)
         hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
         asked = inputs["logits_indices"]
         if not _is_all(asked, hidden.shape[0]):
@@ -123,6 +142,18 @@ class TorchExecutable(Executable):
     def broadcast(self, value: T) -> T:
         """See ``Executable``."""
         return self._parallel.broadcast_object(value)  # type: ignore[no-any-return]
+
+    def _virtual_of(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        tokens = inputs.get("virtual_tokens")
+        if tokens is None:
+            return None
+        rows = inputs["virtual_embeddings"].to(self.device, getattr(torch, self.config.model.dtype), non_blocking=True)
+        return tokens.to(self.device, non_blocking=True), rows
+
+    def _replace(self, rows: torch.Tensor) -> None:
+        """See ``VocabParallelEmbedding``."""
+        if self._virtual is not None:
+            rows.index_copy_(0, *self._virtual)
 
     def _require_pool(self) -> KVPool:
         if self._pool is None:

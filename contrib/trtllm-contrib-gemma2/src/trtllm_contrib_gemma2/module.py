@@ -86,15 +86,16 @@ class Gemma2Module(Layer):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         extras = Extras(**config.extras)
-        self.scale, self.logit_cap = config.hidden_size**0.5, extras.logit_cap
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel)
+        self.logit_cap = extras.logit_cap
+        scale = config.hidden_size**0.5
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel, scale)
         rotary = RotaryEmbedding(config.head_size, extras.rope_theta, config.max_position_embeddings)
         self.layers = nn.ModuleList(Gemma2Layer(i, config, extras, rotary, parallel) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size, extras.norm_eps)
 
     def forward(self, input_ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``input_ids [...] -> [..., hidden_size]``, normalised, ready for ``logits``."""
-        x: torch.Tensor = self.embedding(input_ids) * self.scale
+        x: torch.Tensor = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x, context)
         x = self.norm(x)
