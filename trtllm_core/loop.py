@@ -14,6 +14,7 @@ from trtllm_core.decoding.committing import commit
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.kv_cache.cache import KVCache
+from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import Plugins
 from trtllm_core.plugin.observer import StepStats
 from trtllm_core.session import Session
@@ -41,6 +42,8 @@ class StepLoop:
     def __init__(self, session: Session, cache: KVCache, branches: BranchTable, plugins: Plugins) -> None:
         config = session.config
         self.session = session
+        packed = session.config.contract == "packed_paged"
+        self.engine: Session | PaddedRuns = session if packed else PaddedRuns(session)
         self.cache = cache
         self.branches = branches
         self.plugins = plugins
@@ -128,7 +131,7 @@ class StepLoop:
             "logits_indices": ends[rows.asking] - 1,
         }
         logits = self._logits[: int(rows.asking.sum())]
-        self.session.run({name: torch.from_numpy(array) for name, array in inputs.items()}, {"logits": logits})
+        self.engine.run({name: torch.from_numpy(array) for name, array in inputs.items()}, {"logits": logits})
         if self._vocab_size < logits.shape[1]:
             logits[:, self._vocab_size :] = torch.finfo(torch.float32).min
         return logits

@@ -208,9 +208,9 @@ def _change(engine: Path, **changes: object) -> None:
             "pip install trtllm-plugin-mamba",
         ),
         (
-            {"backend": {"name": "tensorrt", "distribution": "trtllm-backend-tensorrt", "version": "1"}},
+            {"backend": {"name": "abacus", "distribution": "trtllm-backend-abacus", "version": "1"}},
             2,
-            "pip install trtllm-backend-tensorrt",
+            "pip install trtllm-backend-abacus",
         ),
         ({"family": {"name": "llama", "distribution": "trtllm-plugin-llama", "version": "0.0.1"}}, 0, "0.0.1, "),
     ],

@@ -178,7 +178,7 @@ def test_a_map_that_is_not_the_module(
     opened = open_checkpoint(checkpoint)
     parts = rank_weights(family.weights(family.config.model, opened), family.config.model, opened, TensorParallel())
     with pytest.raises(CheckpointError, match=message):
-        family.backend.build(family.config, family.family, parts, tmp_path, 0)
+        family.backend.build(family.config, family.family, parts, tmp_path, 0, lambda what, done, total: None)
 
 
 def test_transforms_see_the_whole_tensor(checkpoint: Path, plugins: Plugins) -> None:

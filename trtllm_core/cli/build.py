@@ -47,15 +47,15 @@ def build(
     print_facts(facts(config, plan_memory(config, weight_bytes(config, family))))
     with _Bar() as bar:
         built = build_engine(source, output, options.config(), plugins=plugins, progress=bar.report)
-    total = sum(file.bytes for file in built.ranks)
+    total = sum(file.total_bytes for file in built.ranks)
     typer.echo(f"{output}: {_shown(built)}, {size(total)}, {time.perf_counter() - started:.1f} s")
 
 
 def why_another(directory: Path, wanted: EngineConfig) -> str | None:
     """Why the engine in ``directory`` is not the wanted one; None if it is.
 
-    Compared is all of ``config.json`` but the rank files, whose sizes are checked: versions, plugins, model, options
-    and the digest of the checkpoint.
+    Compared is all of ``config.json`` but what the backend found and the rank files, whose sizes are checked: versions,
+    plugins, model, options and the digest of the checkpoint.
     """
     from trtllm_core.engine.directory import read_config
 
@@ -73,7 +73,7 @@ def why_another(directory: Path, wanted: EngineConfig) -> str | None:
 
 def _flat(config: EngineConfig) -> dict[str, Any]:
     """The fields of a config in one level: ``build.max_batch_size``."""
-    values = config.model_dump(mode="json", exclude={"ranks"})
+    values = config.model_dump(mode="json", exclude={"ranks", "record"})
     out: dict[str, Any] = {}
     for name, value in values.items():
         nested = value if isinstance(value, dict) else None
@@ -112,4 +112,4 @@ class _Bar:
         """See ``trtllm_core.engine.build.Progress``."""
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done)
+        self._progress.update(self._tasks[what], completed=done, total=total)

@@ -81,10 +81,16 @@ class Provider(Config):
 
 
 class RankFile(Config):
-    """One rank's weights on disk."""
+    """One rank's engine on disk."""
 
     name: str
     bytes: int = Field(ge=0)
+    companions: tuple[RankFile, ...] = Field(default=(), description="files beside it that it needs, such as weights")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the file and of those that it needs."""
+        return self.bytes + sum(file.total_bytes for file in self.companions)
 
 
 class LoraLayer(Config):
@@ -109,6 +115,7 @@ class EngineConfig(Config):
         default_factory=dict, description="layers that adapters may change, by their names in the family's module"
     )
     quantization: dict[str, Any] | None = None
+    record: dict[str, Any] = Field(default_factory=dict, description="what the backend says of the build")
     source: str = Field(default="", description="what it was built from, for people")
     source_digest: str = Field(default="", description="fingerprint of the checkpoint's files")
 
@@ -127,7 +134,10 @@ class EngineConfig(Config):
 class KVCacheConfig(Config):
     """How much room the KV cache takes, and who manages it."""
 
-    policy: str = Field(default="paged", description="a registered KV allocation policy")
+    policy: str | None = Field(
+        default=None,
+        description="a registered KV allocation policy; None: paged, or contiguous over linear caches",
+    )
     max_tokens: int | None = Field(
         default=None, ge=1, description="tokens of room; None holds max_batch_size times max_beam_width of max_seq_len"
     )

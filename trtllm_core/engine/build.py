@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from trtllm_core.engine.lora import lora_layers
 from trtllm_core.engine.shards import check_weight_map, rank_weights
 from trtllm_core.errors import ConfigError
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import Backend, ModelFamily, Plugins
+from trtllm_core.plugin import Backend, BuiltRank, ModelFamily, Plugins
+from trtllm_core.plugin.backend import Progress
 from trtllm_core.plugin.registrar import Source
 from trtllm_core.version import __version__
-
-Progress = Callable[[str, int, int], None]
-"""``(what, done, total)``."""
 
 
 def family_of(checkpoint: Checkpoint, plugins: Plugins) -> tuple[ModelFamily, Source]:
@@ -100,21 +98,27 @@ def build_engine(
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        files = []
+        files, record = [], dict[str, Any]()
         for rank in range(config.build.tp_size):
             parts = rank_weights(weights, config.model, checkpoint, TensorParallel(rank, config.build.tp_size))
             counted = _counted(parts, f"rank {rank}", len(weights), progress)
-            path = backend.build(config, family, counted, scratch, rank)
-            files.append(RankFile(name=path.name, bytes=path.stat().st_size))
+            built = backend.build(config, family, counted, scratch, rank, progress)
+            files.append(_rank_file(built))
+            record |= built.record
         if tokenizer is not None:
             tokenizer.write(scratch)
-        config = config.replace(ranks=tuple(files))
+        config = config.replace(ranks=tuple(files), record=record)
         write_config(scratch, config)
         scratch.chmod(0o755)
         _put(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return config
+
+
+def _rank_file(built: BuiltRank) -> RankFile:
+    companions = tuple(RankFile(name=path.name, bytes=path.stat().st_size) for path in built.companions)
+    return RankFile(name=built.path.name, bytes=built.path.stat().st_size, companions=companions)
 
 
 def _check_place(directory: Path) -> None:

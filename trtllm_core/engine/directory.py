@@ -40,7 +40,8 @@ def read_config(directory: Path) -> EngineConfig:
         raise EngineError(f"{directory} holds no engine: {CONFIG} is not there; make one with trtllm-core build")
     config = parse_config(path.read_bytes(), str(path))
     for file in config.ranks:
-        _check_file(directory / file.name, file.bytes)
+        for each in (file, *file.companions):
+            _check_file(directory / each.name, each.bytes)
     return config
 
 

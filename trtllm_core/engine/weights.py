@@ -121,6 +121,21 @@ def read_metadata(source: Path | bytes | memoryview) -> dict[str, str]:
         raise _corrupt(source, error) from error
 
 
+def places(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and length, in bytes, of each tensor of a safetensors file.
+
+    Raises:
+        EngineCorruptError: as for ``Weights``.
+    """
+    read_metadata(path)
+    header, start = _header(map_file(path))
+    return {
+        name: (start + item["data_offsets"][0], item["data_offsets"][1] - item["data_offsets"][0])
+        for name, item in header.items()
+        if name != "__metadata__"
+    }
+
+
 def map_file(path: Path) -> memoryview:
     """A file's bytes, read from disk as they are touched."""
     with path.open("rb") as file:

@@ -27,40 +27,29 @@ def make_cache(
         ConfigError: options that it refuses, or something that it needs and cannot be given here.
         CapacityError: a pool too small for anything.
     """
-    policy = make_policy(config, plugins)
-    needs = set(policy.needs - ({"tokens"} if history is not None else set()))
-    needs |= {name for name in UNUSED if getattr(type(policy), name) is not getattr(KVPolicy, name)}
-    if needs:
-        raise ConfigError(f"KV policy {config.policy!r} needs {listing(needs)}, which this session cannot give it")
     build = executable.config.build
-    size = build.tokens_per_block
+    linear = executable.capabilities.contract == "padded_linear"
+    name = config.policy or ("contiguous" if linear else "paged")
+    entry = plugins.kv_policies.get(name, plugins.missing_hint("kv_policy", name))
+    policy = _make(entry.load(), config, name)
+    needs = set(policy.needs - ({"tokens"} if history is not None else set()))
+    needs |= {verb for verb in UNUSED if getattr(type(policy), verb) is not getattr(KVPolicy, verb)}
+    if needs:
+        raise ConfigError(f"KV policy {name!r} needs {listing(needs)}, which this session cannot give it")
+    size = build.max_seq_len if linear else build.tokens_per_block  # a linear cache is one block a slot
     full = build.max_branches * -(-build.max_seq_len // size) * size
     budget = KVBudget(build.max_branches, build.max_seq_len, size, config.max_tokens or full)
     return KVCache(policy, executable, budget, history)
 
 
-def make_policy(config: KVCacheConfig, plugins: Plugins) -> KVPolicy:
-    """The policy that the config names, with its options.
-
-    Raises:
-        PluginNotFoundError: no such policy.
-        ConfigError: options that it refuses, or it is no policy.
-    """
-    entry = plugins.kv_policies.get(config.policy, plugins.missing_hint("kv_policy", config.policy))
-    factory: Any = entry.load()
+def _make(factory: Any, config: KVCacheConfig, name: str) -> KVPolicy:
     model = getattr(factory, "Options", None)
     if model is None and config.options:
-        raise ConfigError(f"KV policy {config.policy!r} takes no options, but was given {listing(config.options)}")
-    if model is not None and model.model_config.get("extra") != "allow":  # a plain pydantic model passes over others
-        known = {name for n, f in model.model_fields.items() for name in (n, f.alias) if name}
-        if unknown := config.options.keys() - known:
-            raise ConfigError(
-                f"KV policy {config.policy!r} has no option {listing(unknown)} (known: {listing(model.model_fields)})"
-            )
+        raise ConfigError(f"KV policy {name!r} takes no options, but was given {listing(config.options)}")
     try:
         policy = factory(None if model is None else model(**config.options))
     except ValueError as error:
-        raise ConfigError(f"KV policy {config.policy!r}: {error}") from error
+        raise ConfigError(f"KV policy {name!r}: {error}") from error
     if not isinstance(policy, KVPolicy):
-        raise ConfigError(f"KV policy {config.policy!r} is a {type(policy).__name__}, not a KVPolicy")
+        raise ConfigError(f"KV policy {name!r} is a {type(policy).__name__}, not a KVPolicy")
     return policy

@@ -33,7 +33,15 @@ Its ``pyproject.toml`` names the module in the entry-point group, and the core t
 While it is not installed, ``Plugins.load(extra=[my_plugin])`` loads it.
 '''
 
-from trtllm_core.plugin.backend import Availability, Backend, Capabilities, Executable, LowRank, TensorSpec
+from trtllm_core.plugin.backend import (
+    Availability,
+    Backend,
+    BuiltRank,
+    Capabilities,
+    Executable,
+    LowRank,
+    TensorSpec,
+)
 from trtllm_core.plugin.decoder import (
     BranchPlan,
     Candidates,
@@ -113,6 +121,7 @@ __all__ = [
     "BackendSpecs",
     "BranchPlan",
     "BranchView",
+    "BuiltRank",
     "CachedBlock",
     "Candidates",
     "Capabilities",

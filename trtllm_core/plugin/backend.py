@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trtllm_core.errors import BackendError
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.kv_policy import Edits, KVPlan
 
 T = TypeVar("T")
+
+
+Progress = Callable[[str, int, int], None]
+"""``(what, done, total)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,18 @@ class LowRank:
     """``[out, r]``, scaled."""
     start: int
     """The layer's output feature to which the first row of ``b`` is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRank:
+    """What a backend has written for one rank."""
+
+    path: Path
+    """The rank's engine."""
+    companions: tuple[Path, ...] = ()
+    """Files beside it without which it does not run, such as its weights."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What ``config.json`` should say of this build: versions, targets, measured errors. Plain JSON."""
 
 
 class Executable(ABC):
@@ -140,8 +156,11 @@ class Backend(ABC):
         weights: Iterable[tuple[str, torch.Tensor]],
         directory: Path,
         rank: int,
-    ) -> Path:
-        """Write ``rank{rank}.*`` into ``directory`` and return its path.
+        progress: Progress,
+    ) -> BuiltRank:
+        """Write ``rank{rank}.*`` into ``directory``, and say what was written.
+
+        ``progress(what, done, total)`` may be told of long parts; the weights are counted as they are used up.
 
         ``weights`` gives the parameters of the family's module for this rank, in the order of its
         ``named_parameters()``, each made when it is reached: use it up without keeping them.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
 from trtllm_core.backends.torch.lora import LoraBank
@@ -17,10 +17,10 @@ from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
 from trtllm_core.engine.lora import lora_sizes
 from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, write_weights
-from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
-from trtllm_core.nn import Alibi, RotaryEmbedding
+from trtllm_core.errors import ConfigError, EngineUnsupportedError, listing
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import Availability, Backend, ModelFamily
+from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
+from trtllm_core.plugin.backend import Progress
 
 
 class TorchBackend(Backend):
@@ -44,7 +44,8 @@ class TorchBackend(Backend):
         weights: Iterable[tuple[str, torch.Tensor]],
         directory: Path,
         rank: int,
-    ) -> Path:
+        progress: Progress,
+    ) -> BuiltRank:
         """See ``Backend``: one safetensors file, with the engine's config and the rank in its metadata.
 
         Raises:
@@ -58,12 +59,11 @@ class TorchBackend(Backend):
                 f"the torch backend keeps keys and values in the engine's dtype, {config.model.dtype}: "
                 "leave kv_dtype out"
             )
-        module = _meta_module(config, family, TensorParallel(rank, config.build.tp_size))
-        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        shapes = parameter_shapes(meta_module(config, family, TensorParallel(rank, config.build.tp_size)))
         path = directory / f"rank{rank}.safetensors"
         metadata = {"engine": config.model_dump_json(), "rank": str(rank)}
         write_weights(path, shapes, getattr(torch, config.model.dtype), weights, metadata)
-        return path
+        return BuiltRank(path)
 
     def load(
         self,
@@ -87,19 +87,9 @@ class TorchBackend(Backend):
             raise ConfigError(f"the torch backend has no option {listing(unknown)}")
         device = _check_device(torch.device(device), config, batch_invariant)
         parallel = _check_rank(source, config, parallel)
-        module = _meta_module(config, family, parallel)
+        module = meta_module(config, family, parallel)
         weights = Weights(source, device)
-        expected = {name: (tuple(one.shape), one.dtype) for name, one in module.named_parameters()}
-        found = {name: (tuple(one.shape), one.dtype) for name, one in weights.tensors.items()}
-        if found != expected:
-            wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise EngineCorruptError(f"the engine's weights do not fit its config, first at {wrong!r}: build it again")
-        module.load_state_dict(weights.tensors, assign=True)
-        for layer in module.modules():
-            if isinstance(layer, RotaryEmbedding):
-                layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))
-            elif isinstance(layer, Alibi):
-                layer.prepare(device)
+        fill(module, config, weights.tensors, device)
         dtype = getattr(torch, config.model.dtype)
         choose_kernels(module, device, dtype, batch_invariant, weights.evict)
         lora = None
@@ -113,12 +103,6 @@ class TorchBackend(Backend):
         """See ``Backend``."""
         engine = read_metadata(source).get("engine") if is_safetensors(source) else None
         return None if engine is None else parse_config(engine, "the config in the engine's metadata")
-
-
-def _meta_module(config: EngineConfig, family: ModelFamily, parallel: TensorParallel) -> nn.Module:
-    """The family's module without memory, in the engine's dtype."""
-    with torch.device("meta"):
-        return family.module(config.model, parallel).to(getattr(torch, config.model.dtype)).eval()
 
 
 def _check_device(device: torch.device, config: EngineConfig, batch_invariant: bool) -> torch.device:

@@ -124,7 +124,7 @@ class BackendSpecs:
                 def probe(self):
                     return Availability(False, "no abacus is plugged in")
 
-                def build(self, config, family, weights, directory, rank):
+                def build(self, config, family, weights, directory, rank, progress):
                     raise NotImplementedError
 
                 def load(self, source, config, family, **options):

@@ -1,0 +1,82 @@
+"""Graphs of tiny models, and TensorRT-RTX's parser, which needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_core.backends.linear.context import AttentionKind, kind_for
+from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
+from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.checkpoint import open_checkpoint
+from trtllm_core.config import BuildConfig, EngineConfig
+from trtllm_core.engine.build import plan_engine
+from trtllm_core.engine.shards import check_weight_map, rank_weights
+from trtllm_core.engine.weights import Weights, places, write_weights
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import Plugins
+from trtllm_core.testing.checkpoints import write_llama
+
+CPU = torch.device("cpu")
+LIMITS = BuildConfig(max_batch_size=4, max_input_len=48, max_seq_len=64, max_num_tokens=192)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported model on disk."""
+
+    config: EngineConfig
+    kind: AttentionKind
+    proto: Any
+    path: Path
+
+
+MakeGraph = Callable[..., Graph]
+
+
+@pytest.fixture(scope="session")
+def make_graph(tmp_path_factory: pytest.TempPathFactory) -> MakeGraph:
+    """``make_graph(kind, dtype, checkpoint)``: made once each; without a checkpoint of a tiny LLaMA."""
+    plugins, made = Plugins.load(), {}
+
+    def make(kind: AttentionKind = "lower_right", dtype: str = "float16", checkpoint: Path | None = None) -> Graph:
+        key = (kind, dtype, checkpoint)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("graph")
+            source = open_checkpoint(checkpoint or write_llama(directory / "hf"))
+            config, family, _ = plan_engine(source, LIMITS.replace(dtype=dtype, backend="tensorrt"), plugins)
+            module = meta_module(config, family, TensorParallel())
+            weights = check_weight_map(family, config.model, source)
+            file = directory / "rank0.safetensors"
+            parts = rank_weights(weights, config.model, source, TensorParallel())
+            write_weights(file, parameter_shapes(module), getattr(torch, dtype), parts, {})
+            fill(module, config, Weights(file, CPU).tensors, CPU)
+            found = kind_for(module, kind)
+            proto = export_module(module, config, GraphOptions("tensorrt", found, False), file.name, places(file))
+            path = file.with_suffix(".onnx")
+            write_graph(proto, path)
+            made[key] = Graph(config, found, proto, path)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trt() -> Any:
+    return pytest.importorskip("tensorrt_rtx")
+
+
+class Parsed:
+    """A network, and what must live as long as it does."""
+
+    def __init__(self, trt: Any, path: Path) -> None:
+        self.logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+        self.builder = trt.Builder(self.logger)
+        self.network = self.builder.create_network(0)
+        self.parser = trt.OnnxParser(self.network, self.logger)
+        self.parses = self.parser.parse_from_file(str(path))

@@ -1,0 +1,1 @@
+"""The padded, linear contract: what backends share that run a family's module as an exported graph."""

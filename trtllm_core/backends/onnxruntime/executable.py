@@ -1,0 +1,76 @@
+"""An ONNX engine, loaded in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from trtllm_core.backends.linear.executable import LinearExecutable
+from trtllm_core.config import EngineConfig
+from trtllm_core.errors import EngineCorruptError
+
+ENTRIES_STEP = 64
+"""Attention looks at a multiple of this many cache entries, as few as hold the longest row."""
+
+
+class OnnxRuntimeExecutable(LinearExecutable):
+    """Runs a graph of the padded, linear contract over caches in place: past and present are one buffer."""
+
+    def __init__(self, config: EngineConfig, path: Path, threads: int | None = None, accuracy_level: int = 0) -> None:
+        super().__init__(config, torch.device("cpu"), ("float32", "float16"))
+        self._session = open_session(path, threads, accuracy_level)
+        self._bounded = any(one.name == "cache_entries" for one in self._session.get_inputs())
+        self._entries = torch.arange(config.build.max_seq_len)
+
+    def launch(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        longest: int,
+        caches: Sequence[torch.Tensor],
+        logits: torch.Tensor,
+        stream: int,
+    ) -> None:
+        """See ``LinearExecutable``."""
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            _bind(binding.bind_input, name, tensor)
+        if self._bounded:
+            _bind(binding.bind_input, "cache_entries", self._entries[: -(-longest // ENTRIES_STEP) * ENTRIES_STEP])
+        for past, present, cache in zip(self.past, self.present, caches, strict=True):
+            _bind(binding.bind_input, past, cache)
+            _bind(binding.bind_output, present, cache)
+        _bind(binding.bind_output, "logits", logits)
+        self._session.run_with_iobinding(binding)
+
+    def weight_bytes(self) -> int:
+        """See ``Executable``."""
+        return sum(file.total_bytes for file in self.config.ranks)
+
+
+def open_session(path: Path, threads: int | None = None, accuracy_level: int = 0) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU.
+
+    Raises:
+        EngineCorruptError: the graph or its weights cannot be read.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    if accuracy_level:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of several classes, which share no base
+        raise EngineCorruptError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+
+
+def _bind(bind: Any, name: str, tensor: torch.Tensor) -> None:
+    bind(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

@@ -1,0 +1,171 @@
+"""The TensorRT backend: engines built anywhere, checked before they are built, run where their GPU is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_core.backends.linear.context import AttentionKind, kind_for
+from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.tensorrt.executable import TensorRTExecutable
+from trtllm_core.backends.tensorrt.library import INSTALL, installed, load_library
+from trtllm_core.backends.tensorrt.options import TensorRTOptions
+from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
+from trtllm_core.config import EngineConfig
+from trtllm_core.engine.weights import Weights, map_file, places, write_weights
+from trtllm_core.errors import ConfigError, EngineUnsupportedError, EngineVersionError, listing
+from trtllm_core.nn import Attention
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
+from trtllm_core.plugin.backend import Progress
+
+HEAD_SIZES = (8, 512)
+"""Smallest and largest head that attention is built for; it is a multiple of 8."""
+
+
+class TensorRTBackend(Backend):
+    """TensorRT for data-center GPUs, or TensorRT-RTX, whichever is installed or asked for."""
+
+    name = "tensorrt"
+    contract = "padded_linear"
+
+    def probe(self) -> Availability:
+        """See ``Backend``."""
+        found = installed()
+        if not found:
+            return Availability(False, f"no TensorRT is installed; {INSTALL['tensorrt_rtx']}")
+        return Availability(True, f"builds with {' and '.join(found)}; runs where there is a GPU for it")
+
+    def build(
+        self,
+        config: EngineConfig,
+        family: ModelFamily,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        directory: Path,
+        rank: int,
+        progress: Progress,
+    ) -> BuiltRank:
+        """See ``Backend``: ``rank{rank}.engine``. Needs no GPU.
+
+        Raises:
+            ConfigError: an option that is not there, or limits that engines cannot have.
+            EngineUnsupportedError: TensorRT is not installed, or cannot build this model; or it would build it wrong.
+            CheckpointError: the weights do not make up the family's module.
+        """
+        from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
+        from trtllm_core.backends.tensorrt.build import build_plan
+
+        options = TensorRTOptions(**config.build.options)
+        _check_build(config)
+        trt = load_library(options.module)
+        device = torch.device("cpu")
+        module = meta_module(config, family, TensorParallel())
+        _check_heads(module)
+        file = directory / f"rank{rank}.safetensors"
+        write_weights(file, parameter_shapes(module), getattr(torch, config.model.dtype), weights, {})
+        fill(module, config, Weights(file, device).tensors, device)
+        kind: AttentionKind = kind_for(module, options.attention)
+        graph = file.with_suffix(".onnx")
+        as_inputs = options.weights == "inputs"
+        form = GraphOptions(dialect="tensorrt", attention=kind, weights_as_inputs=as_inputs)
+        write_graph(export_module(module, config, form, file.name, places(file)), graph)
+        plan = build_plan(trt, graph, config, options, kind, progress)
+        path = file.with_suffix(".engine")
+        with path.open("wb") as out:
+            out.write(plan)
+        graph.unlink()
+        if not as_inputs:
+            file.unlink()
+        record = {"module": trt.__name__, "version": trt.__version__, "attention": kind}
+        return BuiltRank(path, (file,) if as_inputs else (), record)
+
+    def load(
+        self,
+        source: Path | bytes | memoryview,
+        config: EngineConfig,
+        family: ModelFamily,
+        *,
+        device: torch.device | str = "cuda",
+        cuda_graph: bool = False,
+        **unknown: Any,
+    ) -> TensorRTExecutable:
+        """See ``Backend``. ``cuda_graph`` has tensorrt_rtx capture its launches.
+
+        Raises:
+            ConfigError: an unknown option.
+            EngineVersionError: another TensorRT built the engine than the one that is installed.
+            EngineUnsupportedError: there is no GPU, or it cannot run the engine.
+            EngineCorruptError: the engine is damaged.
+        """
+        if unknown:
+            raise ConfigError(f"the tensorrt backend has no option {listing(unknown)}")
+        device = torch.device(device)
+        if device.type != "cuda":
+            raise ConfigError(f"TensorRT engines run on CUDA GPUs, not on {device.type!r}: use the onnxruntime backend")
+        trt = load_library(config.record.get("module"))
+        check_version(config, trt.__version__)
+        if not torch.cuda.is_available():
+            raise EngineUnsupportedError("a TensorRT engine needs a CUDA GPU to run, and PyTorch finds none here")
+        cache = source.with_suffix(".cache") if isinstance(source, Path) else None
+        plan = map_file(source) if isinstance(source, Path) else source
+        runtime = TensorRTRuntime(trt, plan, cache, cuda_graph)
+        return TensorRTExecutable(config, runtime, device, load_weights(source, config, runtime, device))
+
+
+def load_weights(
+    source: Path | bytes | memoryview, config: EngineConfig, runtime: TensorRTRuntime, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The inputs of an engine that are weights, from the file beside it; none for one that has them in itself.
+
+    Raises:
+        EngineUnsupportedError: the engine was given as bytes, so that there is no file beside it.
+    """
+    companions = config.ranks[0].companions if config.ranks else ()
+    if not companions:
+        return {}
+    if not isinstance(source, Path):
+        raise EngineUnsupportedError("this engine takes its weights as inputs: load it by its path, they lie beside it")
+    tensors = Weights(source.with_name(companions[0].name), device).tensors
+    return {name: tensor for name, tensor in tensors.items() if name in runtime.inputs}
+
+
+def check_version(config: EngineConfig, running: str) -> None:
+    """An engine runs in the version of TensorRT that built it.
+
+    Raises:
+        EngineVersionError: it is another one.
+    """
+    built, module = config.record.get("version"), config.record.get("module", "tensorrt")
+    if built != running:
+        raise EngineVersionError(
+            f"the engine was built by {module} {built}, and {running} is installed: engines run in the version that "
+            f"built them; pip install {module}=={built}, or build it again"
+        )
+
+
+def _check_build(config: EngineConfig) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"building needs {listing(missing)}: {INSTALL['tensorrt_rtx']}")
+    if config.build.tp_size != 1:
+        raise ConfigError("the tensorrt backend runs on one rank: leave tp_size at 1")
+    if config.kv_dtype != config.model.dtype:
+        raise ConfigError(f"TensorRT engines keep keys and values in their dtype, {config.model.dtype}: drop kv_dtype")
+
+
+def _check_heads(module: torch.nn.Module) -> None:
+    least, most = HEAD_SIZES
+    for layer in module.modules():
+        if not isinstance(layer, Attention):
+            continue
+        if layer.head_size % 8 or not least <= layer.head_size <= most:
+            raise EngineUnsupportedError(
+                f"TensorRT builds attention for head sizes that are multiples of 8 from {least} to {most}, and this "
+                f"model's are {layer.head_size}"
+            )
+        if layer.softcap is not None:
+            raise EngineUnsupportedError("TensorRT's attention has no soft cap on scores, which this model needs")

@@ -1,0 +1,43 @@
+"""A TensorRT engine as an ``Executable``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from trtllm_core.backends.linear.executable import LinearExecutable
+from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
+from trtllm_core.config import EngineConfig
+
+
+class TensorRTExecutable(LinearExecutable):
+    """Runs a TensorRT engine over linear caches in place."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runtime: TensorRTRuntime,
+        device: torch.device,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(config, device, ("float32", "float16", "bfloat16"))
+        self.runtime = runtime
+        self._weights = dict(weights or {})
+        """Inputs that are weights: engines of one shape may share them."""
+
+    def launch(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        longest: int,
+        caches: Sequence[torch.Tensor],
+        logits: torch.Tensor,
+        stream: int,
+    ) -> None:
+        """See ``LinearExecutable``."""
+        feed = {**self._weights, **inputs, **dict(zip(self.past, caches, strict=True))}
+        self.runtime.run(feed, {"logits": logits}, stream)
+
+    def weight_bytes(self) -> int:
+        """See ``Executable``."""
+        return sum(file.total_bytes for file in self.config.ranks)

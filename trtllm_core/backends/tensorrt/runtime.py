@@ -1,0 +1,171 @@
+"""A TensorRT engine, loaded: contexts, profiles and addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_core.errors import BackendError, ConfigError, EngineCorruptError, EngineUnsupportedError
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool", "uint8")
+
+
+class TensorRTRuntime:
+    """Runs a serialised engine, one execution context for each of its profiles.
+
+    Nothing here imports TensorRT: the module is passed in, so that a double can take its place.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        plan: the serialised engine.
+        cache: where tensorrt_rtx keeps the kernels that it compiled for this GPU; None keeps none.
+        cuda_graph: let tensorrt_rtx capture its launches in CUDA graphs.
+
+    Raises:
+        EngineUnsupportedError: this GPU or this TensorRT cannot run the engine, or there is no GPU.
+        EngineCorruptError: the bytes are no whole engine.
+    """
+
+    def __init__(self, trt: Any, plan: Any, cache: Path | None = None, cuda_graph: bool = False) -> None:
+        self._trt = trt
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        self.engine = self._deserialise(plan)
+        engine = self.engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.outputs = [n for n in names if n not in self.inputs]
+        kinds = {getattr(trt, name): getattr(torch, name) for name in DTYPES}
+        self.dtypes: dict[str, torch.dtype] = {n: kinds[engine.get_tensor_dtype(n)] for n in names}
+        self.aliases = {n: a for n in self.outputs if (a := engine.get_aliased_input_tensor(n))}
+        """Outputs that are updated inputs, and which: both have one address."""
+        self.profiles = [
+            {n: tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(n, i)) for n in self.inputs}
+            for i in range(engine.num_optimization_profiles)
+        ]
+        """Smallest, usual and largest shape of each input, for each profile."""
+        self._config, self._cache, self._cache_path = engine.create_runtime_config(), None, cache
+        if cache is not None and hasattr(self._config, "create_runtime_cache"):
+            self._cache = self._config.create_runtime_cache()
+            if cache.is_file():
+                self._cache.deserialize(cache.read_bytes())  # one of another GPU or version is refused: a cold start
+            self._config.set_runtime_cache(self._cache)
+        if cuda_graph and hasattr(self._config, "cuda_graph_strategy"):
+            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._contexts: dict[int, Any] = {}
+
+    def _deserialise(self, plan: Any) -> Any:
+        trt, runtime = self._trt, self._runtime
+        if hasattr(runtime, "get_engine_validity"):
+            validity, diagnostics = runtime.get_engine_validity(plan)
+            if validity == trt.EngineValidity.INVALID:
+                raise EngineUnsupportedError(
+                    f"{trt.__name__} {trt.__version__} cannot run this engine on this machine (diagnostics "
+                    f"{diagnostics}): it is of another version, damaged, or for other GPUs"
+                )
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise EngineCorruptError(
+                f"{trt.__name__} {trt.__version__} cannot read this engine: it was truncated, or written by another "
+                "version; build it again"
+            )
+        return engine
+
+    def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The tightest profile that admits these shapes.
+
+        Raises:
+            ConfigError: none does.
+        """
+        fit = [i for i, profile in enumerate(self.profiles) if all(_admits(profile[n], s) for n, s in shapes.items())]
+        if not fit:
+            raise ConfigError(
+                f"no profile of the engine admits {', '.join(f'{n} {list(s)}' for n, s in shapes.items())}"
+            )
+        return min(fit, key=lambda i: sum(torch.Size(most).numel() for _, _, most in self.profiles[i].values()))
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """Enqueue one execution. Aliased outputs need not be given.
+
+        Raises:
+            ConfigError: a tensor is missing, unknown, of another dtype, not contiguous, or of a shape that the engine
+                does not take or give.
+            BackendError: TensorRT could not enqueue it.
+        """
+        self._check(inputs, outputs)
+        context = self._context(self.profile_for({n: tuple(t.shape) for n, t in inputs.items()}), stream)
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise ConfigError(f"the engine refuses shape {list(tensor.shape)} of {name!r}")
+            context.set_tensor_address(name, tensor.data_ptr())
+        missing = context.infer_shapes()
+        if missing:
+            raise ConfigError(f"the engine cannot infer its shapes: {', '.join(missing)} are not set")
+        for name in self.outputs:
+            tensor = inputs[self.aliases[name]] if name in self.aliases else outputs[name]
+            shape = tuple(context.get_tensor_shape(name))
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(f"output {name!r} has shape {list(tensor.shape)}; the engine writes {list(shape)}")
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(stream):
+            raise BackendError("TensorRT could not enqueue the execution; its log says why")
+
+    def infer_shapes(self, shapes: Mapping[str, Sequence[int]], stream: int = 0) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs of an execution with these inputs.
+
+        Raises:
+            ConfigError: no profile admits them, or an input is missing.
+        """
+        context = self._context(self.profile_for(shapes), stream)
+        for name, shape in shapes.items():
+            context.set_input_shape(name, tuple(shape))
+        missing = context.infer_shapes()
+        if missing:
+            raise ConfigError(f"the engine cannot infer its shapes: {', '.join(missing)} are not set")
+        return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def inspect(self) -> str:
+        """The engine's layers, as JSON, as the engine inspector tells them."""
+        inspector = self.engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def save_cache(self) -> None:
+        """Write what was compiled for this GPU beside the engine, so that the next start is quick."""
+        if self._cache is None or self._cache_path is None:
+            return
+        scratch = self._cache_path.with_suffix(".tmp")
+        scratch.write_bytes(bytes(self._cache.serialize()))
+        scratch.replace(self._cache_path)
+
+    def _context(self, profile: int, stream: int) -> Any:
+        """Its own context for each profile: none is switched between prefill and decoding."""
+        if profile not in self._contexts:
+            context = self.engine.create_execution_context(self._config)
+            if context is None:
+                raise BackendError("TensorRT could not make an execution context: the GPU's memory may not suffice")
+            if profile and not context.set_optimization_profile_async(profile, stream):
+                raise BackendError(f"TensorRT could not choose optimisation profile {profile}")
+            self._contexts[profile] = context
+        return self._contexts[profile]
+
+    def _check(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        wanted = {n for n in self.outputs if n not in self.aliases}
+        wrong = (inputs.keys() ^ set(self.inputs)) | (wanted - outputs.keys()) | (outputs.keys() - set(self.outputs))
+        if wrong:
+            raise ConfigError(f"the engine lacks, or does not know, {', '.join(sorted(wrong))}")
+        for name, tensor in (*inputs.items(), *outputs.items()):
+            if tensor.dtype != self.dtypes[name]:
+                raise ConfigError(f"{name!r} is {tensor.dtype}; the engine takes {self.dtypes[name]}")
+            if not tensor.is_contiguous():
+                raise ConfigError(f"{name!r} is not contiguous")
+            source = self.aliases.get(name)
+            if source is not None and tensor.data_ptr() != inputs[source].data_ptr():
+                raise ConfigError(f"{name!r} must be the tensor of {source!r}: the engine updates it in place")
+
+
+def _admits(bounds: Sequence[Sequence[int]], shape: Sequence[int]) -> bool:
+    least, _, most = bounds
+    return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))

@@ -1,0 +1,250 @@
+"""A stand-in for TensorRT's run-time API that executes an engine's own ONNX graph with ONNX Runtime, in CPU memory.
+
+It is passed where the module ``tensorrt`` or ``tensorrt_rtx`` is, and insists on what those insist on in silence: every
+address set, updated caches at the address of the caches, shapes inside the profile that the context has. So all code
+between the generation loop and TensorRT runs in tests without a GPU, on the same bytes that an engine is built of. What
+it cannot show is what TensorRT itself computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtllm_core.backends.onnxruntime.executable import open_session
+
+__name__ = "tensorrt_double"  # what messages call it
+__version__ = "11.1.0"
+
+float32, float16, bfloat16, int64, int32, int8, uint8 = (
+    np.dtype(name) for name in ("float32", "float16", "V2", "int64", "int32", "int8", "uint8")
+)
+bool = np.dtype("bool")  # noqa: A001 - as the module names it
+_OF_ONNX = {"tensor(float)": float32, "tensor(float16)": float16, "tensor(int64)": int64, "tensor(int32)": int32}
+
+Bounds = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+class TensorIOMode(enum.Enum):
+    """Whether a tensor is an input or an output."""
+
+    INPUT = 1
+    OUTPUT = 2
+
+
+class EngineValidity(enum.Enum):
+    """What ``Runtime.get_engine_validity`` answers."""
+
+    VALID = 0
+    INVALID = 2
+
+
+class CudaGraphStrategy(enum.Enum):
+    """As tensorrt_rtx has it."""
+
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
+class LayerInformationFormat(enum.Enum):
+    """How the inspector answers."""
+
+    JSON = 1
+
+
+class Logger:
+    """Takes a severity, and logs nothing."""
+
+    ERROR = 1
+    WARNING = 2
+
+    def __init__(self, severity: int = WARNING) -> None:
+        self.severity = severity
+
+
+def serialise(graph: Path, profiles: Sequence[Mapping[str, Bounds]], version: str = __version__) -> bytes:
+    """What stands for a serialised engine: where its graph is, and its profiles."""
+    return json.dumps({"graph": str(graph), "profiles": list(profiles), "version": version}).encode()
+
+
+class Runtime:
+    """Reads what ``serialise`` wrote."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+
+    def get_engine_validity(self, plan: Any) -> tuple[EngineValidity, int]:
+        """Invalid where another version wrote it, or it is damaged."""
+        try:
+            version = json.loads(bytes(plan))["version"]
+        except ValueError:
+            return EngineValidity.INVALID, 1
+        return (EngineValidity.VALID, 0) if version == __version__ else (EngineValidity.INVALID, 2)
+
+    def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
+        """The engine; None where the bytes are none."""
+        try:
+            told = json.loads(bytes(plan))
+        except ValueError:
+            return None
+        return Engine(Path(told["graph"]), told["profiles"])
+
+
+class Engine:
+    """``ICudaEngine``."""
+
+    def __init__(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> None:
+        self.session = open_session(graph, accuracy_level=1)
+        self._inputs = {one.name: one for one in self.session.get_inputs()}
+        self._outputs = {one.name: one for one in self.session.get_outputs()}
+        self._all = self._inputs | self._outputs
+        self._profiles = profiles
+        self.num_io_tensors = len(self._all)
+        self.num_optimization_profiles = len(profiles)
+
+    def get_tensor_name(self, index: int) -> str:
+        """Inputs first."""
+        return str(list(self._all)[index])
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        """Input or output."""
+        return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> np.dtype[Any]:
+        """As this module names types."""
+        return _OF_ONNX[self._all[name].type]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """-1 where a size is not fixed."""
+        return tuple(size if isinstance(size, int) else -1 for size in self._all[name].shape)
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        """Which input an updated cache is the update of."""
+        return name.replace("present_", "past_") if name.startswith("present_") else None
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> Bounds:
+        """Smallest, usual, largest."""
+        fixed = self.get_tensor_shape(name)
+        least, usual, most = self._profiles[profile].get(name, (fixed, fixed, fixed))
+        return tuple(least), tuple(usual), tuple(most)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        """``IRuntimeConfig``."""
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context:
+        """``IExecutionContext``, on profile 0."""
+        return Context(self)
+
+    def create_engine_inspector(self) -> Inspector:
+        """``EngineInspector``."""
+        return Inspector(self)
+
+
+class RuntimeConfig:
+    """``IRuntimeConfig`` of tensorrt_rtx."""
+
+    cuda_graph_strategy = CudaGraphStrategy.DISABLED
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        """A cold one."""
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> None:
+        """Use it."""
+        self.cache = cache
+
+
+class RuntimeCache:
+    """``IRuntimeCache``: bytes that come back as they were given."""
+
+    content = b"compiled"
+
+    def serialize(self) -> bytes:
+        """What to keep."""
+        return self.content
+
+    def deserialize(self, content: bytes) -> None:
+        """What was kept."""
+        self.content = content
+
+
+class Inspector:
+    """``EngineInspector``: the names of tensors stand for layers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def get_engine_information(self, form: LayerInformationFormat) -> str:
+        """JSON."""
+        return json.dumps({"Layers": [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]})
+
+
+class Context:
+    """``IExecutionContext``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._profile = engine, 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> Any:
+        """Which profile's shapes it takes."""
+        self._profile = profile
+        return 0 <= profile < self._engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> Any:
+        """False where the profile does not admit it."""
+        least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
+        fits = len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
+        if fits:
+            self._shapes[name] = shape
+        return fits
+
+    def set_tensor_address(self, name: str, address: int) -> Any:
+        """Where a tensor's bytes are."""
+        self._addresses[name] = address
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        """Inputs whose shape is not known."""
+        return [one.name for one in self._engine.session.get_inputs() if one.name not in self._shapes]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Of an input as set, of an output as it follows."""
+        if name in self._shapes:
+            return self._shapes[name]
+        source = self._engine.get_aliased_input_tensor(name)
+        if source is not None:
+            return self._shapes[source]
+        return (*self._shapes["logit_indices"], self._engine.get_tensor_shape(name)[-1])
+
+    def execute_async_v3(self, stream: int) -> Any:
+        """Run now. Raises AssertionError for what TensorRT would leave undefined."""
+        engine, binding = self._engine, self._engine.session.io_binding()
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            assert name in self._addresses, f"{name} has no address"
+            source = engine.get_aliased_input_tensor(name)
+            assert source is None or self._addresses[name] == self._addresses[source], (
+                f"{name} is not {source} in place"
+            )
+            bind = binding.bind_input if engine.get_tensor_mode(name) == TensorIOMode.INPUT else binding.bind_output
+            bind(name, "cpu", 0, engine.get_tensor_dtype(name), self.get_tensor_shape(name), self._addresses[name])
+        self._check_writes()
+        engine.session.run_with_iobinding(binding)
+        return True
+
+    def _check_writes(self) -> None:
+        (batch, tokens), capacity = self._shapes["input_ids"], self._shapes["past_key_0"][2]
+        write = np.ctypeslib.as_array(
+            ctypes.cast(self._addresses["write_indices"], ctypes.POINTER(ctypes.c_int64)), (batch,)
+        )
+        assert (write >= 0).all(), "a row is written before its cache"
+        assert (write + tokens <= capacity).all(), "a row is written beyond its cache"
