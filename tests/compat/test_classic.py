@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtllm_core import SamplingConfig
+from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig
 from trtllm_core.compat import LogitsPostProcessors, classic_plugins
 from trtllm_core.compat.classic import ClassicLogitsProcessor, Rows
 from trtllm_core.errors import ConfigError, PluginContractError, PluginRuntimeError
+from trtllm_core.plugin import BranchPlan, Candidates, Decoder, Survivors, hookimpl
+from trtllm_core.testing.markov import MarkovExecutable
 
 PROMPTS = [[5, 6], [11], [42, 17, 3], [5, 6]]
 CONFIG = SamplingConfig(max_new_tokens=12, end_id=(), return_dict=True)
@@ -164,6 +166,90 @@ def test_forks_swap_rows(runner):
     assert rows.ids[:, 0].tolist() == [1, 0, 1, 3]
     assert rows.scores[:, 0].tolist() == [1, 0, 1, 3]
     assert rows._ends == {7: (2, 5), 3: (2, 4), 5: (2, 5)}
+
+
+class Swap(Decoder):
+    """A search of two branches that take over from each other in each step, and then go on greedily."""
+
+    def plan(self, view):
+        return BranchPlan(branches=1, max_branches=2, returns=2)
+
+    def setup(self, context):
+        self.slots = []
+
+    def begin(self, slot, view):
+        self.slots.append(slot)
+
+    def select(self, logits, batch):
+        rows = batch.active.nonzero()[:, 0]
+        top = logits[rows].log_softmax(1).topk(2)
+        slot = batch.slot[rows].repeat_interleave(2)
+        return Candidates(slot, top.indices.flatten(), top.values.flatten(), top.values.flatten())
+
+    def survive(self, candidates, stops):
+        chosen = [0, 1] if len(stops) == 2 else [2, 0]  # the prompt's two likeliest; then each other's likeliest
+        pairs = list(zip(self.slots, chosen, strict=True))
+        return Survivors(
+            [(slot, i, 0.0) for slot, i in pairs if stops[i] is None],
+            [(i, 0.0) for _, i in pairs if stops[i] is not None],
+        )
+
+
+class SwapPlugin:
+    hook_api = "decoder>=1.0,<2"
+
+    @hookimpl
+    def trtllm_register_decoders(self, registrar):
+        registrar.add("swap", Swap, consumes=("top_k", "top_p"))
+
+
+def test_callbacks_follow_the_branches_of_a_search():
+    build = BuildConfig(
+        max_batch_size=2, max_beam_width=2, max_input_len=63, max_seq_len=64, max_num_tokens=64, tokens_per_block=8
+    )
+    runner = ModelRunner.from_engine(MarkovExecutable(build=build), plugins=Plugins.load(extra=[SwapPlugin()]))
+    seen, checked = [], []
+
+    def look(step, input_ids, scores):
+        seen.append(input_ids.clone())
+        return scores
+
+    def stop(step, input_ids, scores):
+        checked.append(input_ids.clone())
+        for row, row_scores in zip(input_ids, scores, strict=True):
+            before = row[1 + step].item()  # the token that the row's last one was chosen after
+            assert torch.equal(row_scores, runner.session.engine.table[before])
+        return step == 4
+
+    processors, criteria = classic_plugins(look, stop, 1, width=2, length=16)
+    config = CONFIG.replace(decoder="swap", max_new_tokens=9)
+    result = runner.generate([[5, 6]], config, logits_processor=processors, stopping_criteria=criteria)
+    outputs = result["outputs"]
+    assert [output.finish_reason for output in outputs] == ["stopping_criteria"] * 2
+    assert [len(output.tokens) for output in outputs] == [5, 5]
+    table = runner.session.engine.table
+    ways = [[int(token)] for token in table[6].topk(2).indices]
+    for step in range(1, 5):
+        assert [row[2 : 2 + step].tolist() for row in seen[step]] == ways, "each row is one branch's history"
+        ways = [[*way, int(table[way[-1]].argmax())] for way in reversed(ways)]
+    assert sorted(map(list, (output.tokens for output in outputs))) == sorted(ways)
+    assert checked[0][0, :3].tolist() == [5, 6, int(table[6].argmax())], "candidates, best first"
+
+
+def test_several_answers_have_a_row_each(runner):
+    processors, _ = classic_plugins(ban := Counter(), None, 1, width=3)
+    config = CONFIG.replace(num_return_sequences=3, top_k=0, top_p=1.0, random_seed=5, max_new_tokens=4)
+    outputs = runner.generate([[5]], config, logits_processor=processors)["outputs"]
+    assert [row[1:4].tolist() for row in ban.ids] == [list(output.tokens[:3]) for output in outputs]
+    assert len({output.tokens for output in outputs}) == 3
+
+
+class Counter:
+    """Keeps the last ids that it was given."""
+
+    def __call__(self, step, input_ids, scores):
+        self.ids = input_ids
+        return scores
 
 
 def test_post_processors_are_chosen_by_name(runner, by_hand):

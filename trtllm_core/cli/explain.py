@@ -69,6 +69,7 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     """A plan for ``--json``."""
     return {
         "hash": plan.digest(),
+        "branches": asdict(plan.branching),
         "pipeline": [_record(item, request) for item in plan.items],
         "asked": dict(sorted(plan.asked.items())),
         "consumers": {name: list(names) for name, names in sorted(plan.consumers.items())},
@@ -122,5 +123,13 @@ def _print_fields(plan: Plan, request: SamplingConfig) -> None:
         for name in sorted(request.asked())
         if name in plan.consumers
     ]
+    branching = plan.branching
+    if branching.max_branches > 1:
+        lines.append(
+            (
+                "branches",
+                f"starts with {branching.branches}, has up to {branching.max_branches}, returns {branching.returns}",
+            )
+        )
     lines += [("note", note) for note in plan.notes]
     print_facts([*lines, ("plan hash", plan.digest())])

@@ -39,7 +39,7 @@ class Rows:
 
     Args:
         count: rows: requests times beams.
-        width: beams of a request.
+        width: branches that a request may have at once: its beams, or its answers.
         length: columns of ``input_ids``; None is the engine's longest sequence.
     """
 
@@ -79,14 +79,29 @@ class Rows:
     def commit(self, batch: CommitBatch) -> None:
         """Tokens were accepted."""
         for slot, tokens in _new_tokens(batch):
-            self.write(self.ids, slot, tokens)
             prompt, end = self._ends[slot]
+            self.ids[self.of[slot], end : end + len(tokens)] = tokens.int()
             self._ends[slot] = (prompt, end + len(tokens))
 
-    def write(self, ids: torch.Tensor, slot: int, tokens: torch.Tensor) -> None:
-        """Put the next tokens of a slot into its row of ``ids``."""
-        end = self._ends[slot][1]
-        ids[self.of[slot], end : end + len(tokens)] = tokens.int()
+    def foreseen(self, batch: CommitBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``ids`` and scores in a check, the new tokens among them.
+
+        A request that searches has its candidates there, best first, as many as it has rows.
+        """
+        ids, new = self.ids.clone(), list(_new_tokens(batch))
+        source = list(range(self.count))
+        requests: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        for slot, tokens in new:
+            requests.setdefault(self.of[slot] // self.width, []).append((slot, tokens))
+        for request, rows in requests.items():
+            searched = len({slot for slot, _ in rows}) < len(rows)
+            for number, (slot, tokens) in enumerate(rows[: self.width]):
+                row = request * self.width + number if searched else self.of[slot]
+                source[row] = self.of[slot]
+                ids[row] = self.ids[source[row]]
+                end = self._ends[slot][1]
+                ids[row, end : end + len(tokens)] = tokens.int()
+        return ids, scores if source == list(range(self.count)) else scores[source]
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """See ``SlotPlugin``."""
@@ -189,12 +204,9 @@ class ClassicStoppingCriterion(DeviceStoppingCriterion):
         self.rows.begin(slot, view)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
-        new = dict(_new_tokens(batch))
-        ids = self.rows.ids.clone()
-        for slot, tokens in new.items():
-            self.rows.write(ids, slot, tokens)
-        for step, _ in self.rows.by_step(list(new)):
-            self.stopped = self.stopped or bool(self.function(step, ids, self.processor.rows.scores))
+        ids, scores = self.rows.foreseen(batch, self.processor.rows.scores)
+        for step, _ in self.rows.by_step(batch.slot[batch.active].tolist()):
+            self.stopped = self.stopped or bool(self.function(step, ids, scores))
         return torch.full_like(batch.slot, 0 if self.stopped else -1)
 
     def commit(self, batch: CommitBatch) -> None:
@@ -210,7 +222,8 @@ class ClassicStoppingCriterion(DeviceStoppingCriterion):
 def classic_plugins(
     processor: Processor | None, criterion: Criterion | None, requests: int, width: int = 1, length: int | None = None
 ) -> tuple[list[ClassicLogitsProcessor], list[ClassicStoppingCriterion]]:
-    """Plugins for one call of ``generate`` with ``requests`` prompts, ``width`` beams each: pass both lists to it."""
+    """Plugins for one call of ``generate`` with ``requests`` prompts, of at most ``width`` branches each: pass it both
+    lists."""
     if processor is None and criterion is None:
         return [], []
     runs = ClassicLogitsProcessor(processor, Rows(requests * width, width, length))

@@ -220,7 +220,10 @@ class GenerationSession(EngineProperties):
         length = max(map(len, prompts), default=0) + config.max_new_tokens
         processors, own_processors = _of_kind(logits_processor, CoreProcessor, LogitsProcessorList)
         criteria, own_criteria = _of_kind(stopping_criteria, CoreCriterion, StoppingCriteriaList)
-        classic = classic_plugins(processors, criteria, len(prompts), config.num_beams, length)
+        width = 1
+        if processors is not None or criteria is not None:
+            width = max(self.core.explain(each).branching.max_branches for each in configs)
+        classic = classic_plugins(processors, criteria, len(prompts), width, length)
         result = self.core.decode_batch(
             prompts,
             configs,
