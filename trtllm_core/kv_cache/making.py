@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,7 @@ def make_cache(
     build = executable.config.build
     linear = executable.capabilities.contract == "padded_linear"
     name = config.policy or ("contiguous" if linear else "paged")
-    entry = plugins.kv_policies.get(name, plugins.missing_hint("kv_policy", name))
-    policy = _make(entry.load(), config, name)
+    policy = make_policy(name, config.options, plugins)
     needs = set(policy.needs - ({"tokens"} if history is not None else set()))
     needs |= {verb for verb in UNUSED if getattr(type(policy), verb) is not getattr(KVPolicy, verb)}
     if needs:
@@ -42,12 +42,25 @@ def make_cache(
     return KVCache(policy, executable, budget, history)
 
 
-def _make(factory: Any, config: KVCacheConfig, name: str) -> KVPolicy:
+def make_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> KVPolicy:
+    """The policy that is registered under a name, with its options.
+
+    Raises:
+        PluginNotFoundError: no such policy.
+        ConfigError: options that it refuses, or it is no policy.
+    """
+    factory: Any = plugins.kv_policies.get(name, plugins.missing_hint("kv_policy", name)).load()
     model = getattr(factory, "Options", None)
-    if model is None and config.options:
-        raise ConfigError(f"KV policy {name!r} takes no options, but was given {listing(config.options)}")
+    if model is None and options:
+        raise ConfigError(f"KV policy {name!r} takes no options, but was given {listing(options)}")
+    if model is not None and model.model_config.get("extra") != "allow":  # a plain pydantic model passes over others
+        known = {alias for field, info in model.model_fields.items() for alias in (field, info.alias) if alias}
+        if unknown := options.keys() - known:
+            raise ConfigError(
+                f"KV policy {name!r} has no option {listing(unknown)} (known: {listing(model.model_fields)})"
+            )
     try:
-        policy = factory(None if model is None else model(**config.options))
+        policy = factory(None if model is None else model(**options))
     except ValueError as error:
         raise ConfigError(f"KV policy {name!r}: {error}") from error
     if not isinstance(policy, KVPolicy):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trtllm_core.testing.criteria import StoppingCriterionConformance
     from trtllm_core.testing.family import ModelFamilyConformance
     from trtllm_core.testing.kit import Conformance, Result, run_kit
+    from trtllm_core.testing.kv_policy import KVPolicyConformance
     from trtllm_core.testing.observers import ObserverConformance
     from trtllm_core.testing.processors import LogitsProcessorConformance
     from trtllm_core.testing.samplers import DecoderConformance
@@ -21,6 +22,7 @@ _HOME_OF = {
     "BackendConformance": "trtllm_core.testing.backends",
     "Conformance": "trtllm_core.testing.kit",
     "DecoderConformance": "trtllm_core.testing.samplers",
+    "KVPolicyConformance": "trtllm_core.testing.kv_policy",
     "LogitsProcessorConformance": "trtllm_core.testing.processors",
     "ModelFamilyConformance": "trtllm_core.testing.family",
     "ObserverConformance": "trtllm_core.testing.observers",
@@ -33,6 +35,7 @@ __all__ = [
     "BackendConformance",
     "Conformance",
     "DecoderConformance",
+    "KVPolicyConformance",
     "LogitsProcessorConformance",
     "ModelFamilyConformance",
     "ObserverConformance",

@@ -23,6 +23,7 @@ from trtllm_core.plugin.versions import CORE
 from trtllm_core.testing.backends import BackendConformance
 from trtllm_core.testing.criteria import StoppingCriterionConformance
 from trtllm_core.testing.kit import Conformance, Result, run_kit
+from trtllm_core.testing.kv_policy import KVPolicyConformance
 from trtllm_core.testing.observers import ObserverConformance
 from trtllm_core.testing.processors import LogitsProcessorConformance
 from trtllm_core.testing.samplers import DecoderConformance
@@ -32,6 +33,7 @@ KITS: dict[str, tuple[str, type[Conformance]]] = {
     "stopping_criterion": ("stopping_criteria", StoppingCriterionConformance),
     "decoder": ("decoders", DecoderConformance),
     "backend": ("backends", BackendConformance),
+    "kv_policy": ("kv_policies", KVPolicyConformance),
 }
 """Attribute of ``Plugins`` and kit, by kind."""
 
@@ -41,7 +43,7 @@ class Wishes:
     """What to try things with, by the names under which they are registered."""
 
     params: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """Parameters; of a model family, the transformers config of a small model."""
+    """Parameters; of a KV policy, options; of a model family, the transformers config of a small model."""
     sampling: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """Fields of SamplingConfig."""
 
@@ -73,7 +75,7 @@ def examine(package: str, wishes: Wishes) -> Iterator[Report]:
             yield Report(name, kind, examine_family(name, wishes.params.get(name, ())))
         elif kind in KITS:
             attributes: dict[str, Any] = {"params": wishes.params.get(name, ({},))}
-            if kind != "backend":
+            if kind not in ("backend", "kv_policy"):
                 attributes["sampling"] = wishes.sampling.get(name, ({},))
             yield Report(name, kind, run_kit(_kit(KITS[kind][1], name, **attributes)))
         else:

@@ -86,10 +86,17 @@ class MarkovExecutable(Executable):
             assert length > 0, "a row without tokens"
             position = torch.arange(past, past + length)
             assert torch.equal(inputs["position_ids"][start : start + length], position), "positions follow the cache"
-            entries = table[position // size].long() * size + position % size
+            place = torch.tensor([self._plan.cache_index(p) for p in range(past, past + length)])
+            entries = table[place // size].long() * size + place % size
             assert (entries >= 0).all(), "a token without a block"
-            self._cache[entries] = inputs["input_ids"][start : start + length]
-            last[start : start + length] = self._cache[entries]
+            ids = inputs["input_ids"][start : start + length]
+            if self._plan.window is None:
+                self._cache[entries] = ids
+                last[start : start + length] = self._cache[entries]
+            else:
+                for i, entry in enumerate(entries.tolist()):  # a chunk may overwrite what it wrote itself
+                    self._cache[entry] = ids[i]
+                    last[start + i] = self._cache[entry]
             start += length
         outputs["logits"].copy_(self.table[last[inputs["logits_indices"]].long()])
 

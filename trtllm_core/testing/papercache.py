@@ -6,8 +6,8 @@ for exactly that: the text up to it. Two slots may share an entry where their te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVModel, KVPlan, KVPol
 from trtllm_core.testing.kit import require
 
 MODEL = KVModel(num_layers=2, num_kv_heads=1, head_size=4, dtype="float32", bytes_per_token=64)
+EVERYTHING = frozenset({"integrity", "contents", "writers", "counts"})
+"""What a paper cache can look at after each verb."""
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Text:
 
     extra: tuple[Any, ...] = ()
     tokens: list[int] = field(default_factory=list)
+    names: list[int] = field(default_factory=list)
+    """What an entry holds that stands for each of the tokens."""
     worst: int = 0
     """Tokens that its request may have at most; 0 for one that was only forked."""
 
@@ -36,10 +40,10 @@ class PaperCache:
     Args:
         policy: what is examined.
         budget: what it plans for.
-        self_check: whether ``check_integrity`` is asked after each verb.
+        looks: what is looked at after each verb, of ``EVERYTHING``.
     """
 
-    def __init__(self, policy: KVPolicy, budget: KVBudget, self_check: bool = True) -> None:
+    def __init__(self, policy: KVPolicy, budget: KVBudget, looks: Collection[str] = EVERYTHING) -> None:
         self.policy = policy
         self.budget = budget
         self.plan: KVPlan = policy.plan(MODEL, budget)
@@ -47,7 +51,8 @@ class PaperCache:
         self.cache = np.full((self.plan.num_blocks, self.plan.tokens_per_block), -1, np.int64)
         self._pending = Edits()
         self._names: dict[tuple[int, Any], int] = {}
-        self._self_check = self_check
+        self._places = np.array([self.plan.cache_index(position) for position in range(budget.max_seq_len)])
+        self._looks = looks
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
@@ -59,7 +64,8 @@ class PaperCache:
         hit = admission.hit_length
         require(0 <= hit < len(tokens), f"admit says that {hit} of {len(tokens)} prompt tokens need not be computed")
         self._pending += admission.edits
-        self.texts[slot] = Text(extra, list(tokens[:hit]), len(tokens) + new)
+        known = list(tokens[:hit])
+        self.texts[slot] = Text(extra, known, self._spelled(extra, [], known), len(tokens) + new)
         self.check()
         return hit
 
@@ -68,16 +74,19 @@ class PaperCache:
         counts = [len(new) for new in tokens]
         kept = counts if kept is None else kept
         placement = self.extend(slots, counts)
+        names: dict[int, list[int]] = {}
         for slot, row, new in zip(slots, placement.tables, tokens, strict=True):
             text = self.texts[slot]
-            names = self._spelled(text.extra, [*text.tokens, *new])
+            names[slot] = self._spelled(text.extra, text.names, new)
             start = len(text.tokens)
-            for position in range(start, start + len(new)):
-                self.cache[self._entry(row, position)] = names[position]
+            entries = self._entries(row, np.arange(start, start + len(new)))
+            for entry, name in zip(entries.tolist(), names[slot], strict=True):  # one after another, as a ring may wrap
+                self.cache.flat[entry] = name
         stay = [list(new[:n]) for new, n in zip(tokens, kept, strict=True)]
         self.policy.commit(slots, list(kept), *([stay] if "tokens" in self.policy.needs else []))
         for slot, new in zip(slots, stay, strict=True):
             self.texts[slot].tokens += new
+            self.texts[slot].names += names[slot][: len(new)]
         self.check()
 
     def extend(self, slots: Sequence[int], counts: Sequence[int]) -> Placement:
@@ -98,17 +107,19 @@ class PaperCache:
         """Take tokens back."""
         self.policy.rewind(slots, counts)
         for slot, n in zip(slots, counts, strict=True):
-            tokens = self.texts[slot].tokens
-            del tokens[len(tokens) - n :]
+            text = self.texts[slot]
+            del text.tokens[len(text.tokens) - n :], text.names[len(text.names) - n :]
         self.check()
 
     def fork(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy slots onto others."""
         self._pending += self.policy.fork(source, target)
-        copies = [(self.texts[slot].extra, list(self.texts[slot].tokens)) for slot in source]
-        for slot, (extra, tokens) in zip(target, copies, strict=True):
-            worst = self.texts[slot].worst if slot in self.texts else 0
-            self.texts[slot] = Text(extra, tokens, worst)
+        copies = [
+            replace(text, tokens=[*text.tokens], names=[*text.names]) for text in map(self.texts.get, source) if text
+        ]
+        for slot, copy in zip(target, copies, strict=True):
+            copy.worst = self.texts[slot].worst if slot in self.texts else 0
+            self.texts[slot] = copy
         self.check()
 
     def release(self, slots: Sequence[int], keep: bool = False) -> None:
@@ -122,44 +133,39 @@ class PaperCache:
 
     def check(self) -> None:
         """All that must hold between verbs."""
-        if self._self_check:
+        if "integrity" in self._looks:
             self.policy.check_integrity()
-        self.check_contents()
-        self.check_writers()
-        self.check_counts()
+        for name in ("contents", "writers", "counts"):
+            if name in self._looks:
+                getattr(self, f"check_{name}")()
 
     def check_contents(self) -> None:
         """Every slot reads back its text, as far as a ring keeps it."""
-        cache, plan = self._edited(), self.plan
-        for slot, text in self.texts.items():
-            length = self.policy.length(slot)
+        cache = self._edited()
+        for slot, row in self._tables():
+            text, length = self.texts[slot], self.policy.length(slot)
             require(length == len(text.tokens), f"slot {slot} has {len(text.tokens)} tokens, length() says {length}")
-            (row,) = self.policy.tables([slot])
-            for position, name in enumerate(self._spelled(text.extra, text.tokens)):
-                gone = plan.window is not None and plan.sink <= position < length - (plan.window - plan.sink)
-                if not gone:
-                    found = int(cache[self._entry(row, position)])
-                    require(found == name, f"slot {slot} does not read back its token {position} of {length}")
+            kept = self._readable(length)
+            wrong = kept[cache.flat[self._entries(row, kept)] != np.array(text.names, np.int64)[kept]]
+            require(not wrong.size, f"slot {slot} does not read back its tokens {wrong.tolist()} of {length}")
 
     def check_writers(self) -> None:
         """Where a slot may write, nobody else reads or writes."""
         slots = list(self.texts)
-        if not slots:
-            return
-        room = self.policy.extend(slots, [0] * len(slots)).room.tolist()
-        tables = self.policy.tables(slots)
-        lengths = [len(self.texts[slot].tokens) for slot in slots]
-        readers: dict[tuple[int, int], set[int]] = {}
-        for slot, row, length in zip(slots, tables, lengths, strict=True):
-            for position in self._readable(length):
-                readers.setdefault(self._entry(row, position), set()).add(slot)
-        writers: dict[tuple[int, int], int] = {}
-        for slot, row, length, more in zip(slots, tables, lengths, room, strict=True):
-            for entry in {self._entry(row, position) for position in range(length, length + more)}:
-                other = writers.setdefault(entry, slot)
-                require(other == slot, f"slots {other} and {slot} may both write entry {entry[1]} of block {entry[0]}")
-                others = readers.get(entry, set()) - {slot}
-                require(not others, f"slot {slot} may write where slots {sorted(others)} read")
+        room = self.policy.extend(slots, [0] * len(slots)).room.tolist() if slots else []
+        readers = np.zeros(self.cache.size, np.int64)
+        for slot, row in self._tables():
+            readers[self._entries(row, self._readable(len(self.texts[slot].tokens)))] += 1
+        writers = np.full(self.cache.size, -1)
+        for (slot, row), more in zip(self._tables(), room, strict=True):
+            length = len(self.texts[slot].tokens)
+            own = np.zeros(self.cache.size, np.int64)
+            own[self._entries(row, self._readable(length))] = 1
+            entries = self._entries(row, np.arange(length, length + more))
+            others = writers[entries][writers[entries] >= 0]
+            require(not others.size, f"slots {slot} and {others[:1].tolist()} may both write an entry")
+            require(not (readers - own)[entries].any(), f"slot {slot} may write where another slot reads")
+            writers[entries] = slot
 
     def check_counts(self) -> None:
         """Free and used blocks are all that there are."""
@@ -180,17 +186,24 @@ class PaperCache:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _readable(self, length: int) -> Iterable[int]:
+    def _tables(self) -> Iterator[tuple[int, np.ndarray]]:
+        slots = list(self.texts)
+        return zip(slots, self.policy.tables(slots), strict=True)
+
+    def _readable(self, length: int) -> np.ndarray:
+        """Tokens that a cache still holds."""
         window, sink = self.plan.window, self.plan.sink
         if window is None or length <= window:
-            return range(length)
-        return [*range(sink), *range(length - (window - sink), length)]
+            return np.arange(length)
+        return np.array([*range(sink), *range(length - (window - sink), length)])
 
-    def _entry(self, row: np.ndarray, position: int) -> tuple[int, int]:
-        index, within = divmod(self.plan.cache_index(position), self.plan.tokens_per_block)
-        block = int(row[index])
-        require(block >= 0, f"there is no block for token {position}")
-        return block, within
+    def _entries(self, row: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where tokens are, as indices of the flat cache."""
+        index, within = np.divmod(self._places[positions], self.plan.tokens_per_block)
+        blocks = row[index].astype(np.int64)
+        require(bool((blocks >= 0).all()), f"there is no block for tokens {positions[blocks < 0].tolist()}")
+        entries: np.ndarray = blocks * self.plan.tokens_per_block + within
+        return entries
 
     def _edited(self) -> np.ndarray:
         """The cache after the pending edits: all sources are read before a destination is written."""
@@ -201,9 +214,9 @@ class PaperCache:
             cache[list(target)] = self.cache[list(source)]
         return cache
 
-    def _spelled(self, extra: tuple[Any, ...], tokens: Iterable[int]) -> list[int]:
-        """What each token of a text, with all before it, is called."""
-        name = self._name(-1, extra)
+    def _spelled(self, extra: tuple[Any, ...], before: Sequence[int], tokens: Iterable[int]) -> list[int]:
+        """What tokens after a text, whose last name is the last of ``before``, are called."""
+        name = before[-1] if before else self._name(-1, extra)
         names = []
         for token in tokens:
             name = self._name(name, token)

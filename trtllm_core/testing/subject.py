@@ -12,6 +12,7 @@ from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import (
     DecoderRegistrar,
     Entry,
+    KVPolicyRegistrar,
     LogitsProcessorRegistrar,
     Plugins,
     Registry,
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of plugin that chooses, changes or stops tokens."""
+    """A kind of plugin that is registered by name."""
 
     name: str
     """As in ``HOOK_VERSIONS``."""
@@ -35,7 +36,7 @@ class Kind:
     registry: str
     """Attribute of ``Plugins``."""
     field: str
-    """Field of SamplingConfig that names one."""
+    """Field of SamplingConfig that names one; empty where none does."""
 
 
 LOGITS_PROCESSOR = Kind(
@@ -52,6 +53,7 @@ STOPPING_CRITERION = Kind(
     "stopping_criteria",
     "stopping_criteria",
 )
+KV_POLICY = Kind("kv_policy", "trtllm_register_kv_policies", KVPolicyRegistrar, "kv_policies", "")
 DECODER = Kind("decoder", "trtllm_register_decoders", DecoderRegistrar, "decoders", "decoder")
 
 KINDS = {kind.name: kind for kind in (LOGITS_PROCESSOR, STOPPING_CRITERION, DECODER)}
