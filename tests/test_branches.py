@@ -9,6 +9,7 @@ from trtllm_core import ModelRunner, Plugins, SamplingConfig
 from trtllm_core.config import BuildConfig, KVCacheConfig
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.errors import CapacityError, PluginContractError
+from trtllm_core.kv_cache import PrefixPolicy
 from trtllm_core.plugin import (
     BranchPlan,
     Candidates,
@@ -241,6 +242,9 @@ def assert_nothing_is_lost(runner):
     usage = loop.cache.usage()
     assert usage.free == usage.total
     loop.cache.policy.check_integrity()
+    if isinstance(loop.cache.policy, PrefixPolicy):  # what is kept for reuse is what it says
+        entries = runner.session.engine._cache.view(loop.cache.plan.num_blocks, -1).numpy()
+        assert all(node is None or entries[node.block].tobytes() == node.key for node in loop.cache.policy._tree._nodes)
 
 
 def replay(deltas):
@@ -263,7 +267,7 @@ def replay(deltas):
 # -- many answers to a prompt -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["paged", "contiguous"])
+@pytest.mark.parametrize("policy", ["paged", "prefix", "contiguous"])
 def test_answers_are_those_of_their_own_random_keys_and_share_the_prompt(plugins, policy):
     r = make(plugins, policy)
     out = r.generate([PROMPT], DRAWS.replace(num_return_sequences=4), text=True)
@@ -441,7 +445,7 @@ def cycle(table: torch.Tensor, prompt: list[int], width: int, steps: int) -> lis
     return texts
 
 
-@pytest.mark.parametrize("policy", ["paged", "contiguous"])
+@pytest.mark.parametrize("policy", ["paged", "prefix", "contiguous"])
 @pytest.mark.parametrize(("decoder", "width"), [("Swap", 2), ("Spread", 3)])
 def test_forks_in_cycles_go_through_the_whole_loop(plugins, policy, decoder, width):
     """0←1, 1←0 and 0←1, 1←2, 2←0 every step: text, cache and the state of processors stay those of their branch."""
@@ -452,6 +456,8 @@ def test_forks_in_cycles_go_through_the_whole_loop(plugins, policy, decoder, wid
     assert all(one.text == "".join(f"{token} " for token in one.tokens) for one in out)
     assert [one.finish_reason for one in out] == ["length"] * width
     assert_nothing_is_lost(r)
+    again = r.generate([[*PROMPT, *out[0].tokens]], max_new_tokens=3, end_id=(), return_dict=True)["outputs"][0]
+    assert again.cached_prompt_tokens == (24 if policy == "prefix" else 0)
 
 
 def test_a_search_beside_samplers(runner):

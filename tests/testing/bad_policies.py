@@ -148,3 +148,10 @@ class ClaimsRoom(PagedPolicy):
     def extend(self, slots, counts):
         placement = super().extend(slots, counts)
         return replace(placement, room=placement.room + 1)
+
+
+class ForgetsBranches(PagedPolicy):
+    """Promises nothing to a branch without a prompt."""
+
+    def admit(self, slot, tokens, max_new_tokens, extra_key=()):
+        return super().admit(slot, tokens, max_new_tokens if tokens else 0, extra_key)

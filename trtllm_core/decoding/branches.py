@@ -96,9 +96,10 @@ class BranchTable:
         try:
             sampling = request.sampling
             for slot in slots:
-                admission = cache.admit(
-                    slot, request.prompt, sampling.max_new_tokens, request.reuse_key, sampling.cache_priority
-                )
+                # The first runs the prompt, and the others become copies of it: they need as much room, and no prompt.
+                prompt = () if admitted else request.prompt
+                new = len(request.prompt) - len(prompt) + sampling.max_new_tokens
+                admission = cache.admit(slot, prompt, new, request.reuse_key, sampling.cache_priority)
                 if admission is None:
                     break
                 admitted.append(slot)

@@ -95,8 +95,8 @@ def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[Li
 def _fork(table: BranchTable, cache: KVCache, forks: Mapping[int, int]) -> None:
     """Slots take over the history of others, all at the same time."""
     dst, src = list(forks), list(forks.values())
+    cache.fork(np.array(src, np.int64), np.array(dst, np.int64))  # first: it reads what the slots' tokens were
     table.slots.fork(src, dst)
-    cache.fork(np.array(src, np.int64), np.array(dst, np.int64))
     for stages in table.stages:
         stages.fork(src, dst)
 

@@ -93,7 +93,7 @@ class KVCache:
         keywords = {} if priority is None else {"priority": priority}
         admission = self.policy.admit(slot, tokens, max_new_tokens, extra_key, **keywords)
         if admission is not None:
-            if not 0 <= admission.hit_length < len(tokens):
+            if not 0 <= admission.hit_length <= max(len(tokens) - 1, 0):
                 raise PluginContractError(
                     f"KV policy {type(self.policy).__name__} says that {admission.hit_length} of {len(tokens)} prompt "
                     "tokens are cached: at least one must be computed"

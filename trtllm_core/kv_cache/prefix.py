@@ -88,7 +88,8 @@ class PrefixPolicy(PagedPolicy):
         self._limit[slot] = self._limits(np.array([slot]))[0]
         self._node[slot], self._tail[slot] = path[-1], ids[hit : hit + part].tolist()
         self._priority[slot] = priority
-        self._computing[slot] = extra_key, ids
+        if len(ids):
+            self._computing[slot] = extra_key, ids
         return Admission(hit + part, edits)
 
     def commit(

@@ -171,6 +171,7 @@ class KVPolicy(ABC):
     ) -> Admission | None:
         """May a request with this prompt start in ``slot``? None: not now, ask again after the next step.
 
+        No ``tokens``: a branch that will become a copy of another slot; ``max_new_tokens`` is all that it may have.
         ``extra_key`` is all else that the cached values depend on (adapter, prompt table, salt). A policy that
         ``honours_priority`` also takes ``priority``: how much what it leaves in the cache is worth, 0 to 100.
 

@@ -88,15 +88,19 @@ class KVPolicyConformance(Conformance):
             passed_over(f"none of the pools in `sizes` has room for texts of {lengths} tokens")
 
     @staticmethod
-    def starts(cache: PaperCache, slot: int, prompt: list[int]) -> bool:
-        """Whether there is room for a request, which then has computed its prompt."""
+    def admits(cache: PaperCache, slot: int, prompt: Sequence[int], new: int) -> bool:
+        """Whether there is room for a request."""
         try:
-            hit = cache.admit(slot, prompt, 1)
+            return cache.admit(slot, prompt, new) is not None
         except CapacityError:
             return False
-        if hit is not None:
-            cache.write([slot], [prompt[hit:]])
-        return hit is not None
+
+    def starts(self, cache: PaperCache, slot: int, prompt: list[int]) -> bool:
+        """Whether there is room for a request, which then has computed its prompt."""
+        if not self.admits(cache, slot, prompt, 1):
+            return False
+        cache.write([slot], [prompt[len(cache.texts[slot].tokens) :]])
+        return True
 
     # -- what it says --------------------------------------------------------------------------------------------
 
@@ -180,6 +184,20 @@ class KVPolicyConformance(Conformance):
                 for slots, tokens in (([0], [[50]]), ([1], [[60, 61]]), ([1, 0], [[62], [51]])):
                     if len(cache.texts) == 2:
                         self.unless_full(cache, partial(cache.write, slots, tokens))
+
+    def test_branches_find_room(self) -> None:
+        """A branch that was admitted without a prompt, and forked later, finds the room that it was admitted for."""
+        if not self.keeps_promises:
+            passed_over("keeps_promises is False")
+        for cache in self.begun(5):
+            if not self.admits(cache, 1, (), 9):
+                continue
+            cache.fork([0], [1])
+            for slot, new in itertools.product(range(2, cache.budget.max_slots), (18, 8, 3, 0)):  # take all the rest
+                if slot not in cache.texts and self.admits(cache, slot, [slot], new):
+                    cache.write([slot], [[slot] * (new + 1)])
+            for tokens in ([1], [2, 3], [4]):
+                cache.write([1], [tokens])
 
     def test_rewinds(self) -> None:
         """What was taken back can be written anew, with equal lengths. A ring that has wrapped may refuse."""

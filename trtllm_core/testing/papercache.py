@@ -62,7 +62,10 @@ class PaperCache:
         if admission is None:
             return None
         hit = admission.hit_length
-        require(0 <= hit < len(tokens), f"admit says that {hit} of {len(tokens)} prompt tokens need not be computed")
+        require(
+            0 <= hit <= max(len(tokens) - 1, 0),
+            f"admit says that {hit} of {len(tokens)} prompt tokens need not be computed",
+        )
         self._pending += admission.edits
         known = list(tokens[:hit])
         self.texts[slot] = Text(extra, known, self._spelled(extra, [], known), len(tokens) + new)
