@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trtllm_core.compat.tensorrt_llm import builder, mapping, profiler, quantization, runtime
+from trtllm_core.compat.tensorrt_llm import bindings, builder, mapping, profiler, quantization, runtime
 from trtllm_core.compat.tensorrt_llm._utils import (
     mpi_barrier,
     mpi_rank,
@@ -20,6 +20,7 @@ __version__ = f"0.10.0+trtllm.core.{_core_version}"
 __all__ = [
     "Mapping",
     "__version__",
+    "bindings",
     "builder",
     "logger",
     "mapping",

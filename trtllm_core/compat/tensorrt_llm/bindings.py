@@ -1,0 +1,312 @@
+"""The C++ runtime's ``GptDecoder`` and what it takes: choosing tokens from logits that somebody else computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+
+from trtllm_core.compat.tensorrt_llm.gone import refuse
+from trtllm_core.compat.tensorrt_llm.runtime.words import to_word_list_format
+from trtllm_core.config import BuildConfig, EngineConfig, KVCacheConfig, ModelConfig, Provider, WorldConfig
+from trtllm_core.config import SamplingConfig as CoreConfig
+from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.request import Request
+from trtllm_core.decoding.words import from_word_list_format
+from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.generation import GenerationSession
+from trtllm_core.plugin import Capabilities, Executable, Plugins, TensorSpec
+from trtllm_core.plugin.kv_policy import Edits, KVPlan
+from trtllm_core.session import Session
+from trtllm_core.version import __version__
+
+__all__ = [
+    "DataType",
+    "DecodingInput",
+    "DecodingMode",
+    "DecodingOutput",
+    "GptDecoder",
+    "SamplingConfig",
+    "WorldConfig",
+    "to_word_list_format",
+]
+
+
+class DataType(Enum):
+    """Of logits. Decoding works in float32, whatever they are."""
+
+    FLOAT = "float32"
+    HALF = "float16"
+    BF16 = "bfloat16"
+
+
+class DecodingMode(Enum):
+    """What kind of decoding. The fields of ``SamplingConfig`` say it all; only Medusa is not there."""
+
+    NONE = "none"
+    TOP_K = "top_k"
+    TOP_P = "top_p"
+    TOP_K_TOP_P = "top_k_top_p"
+    BEAM_SEARCH = "beam_search"
+    MEDUSA = "medusa"
+
+
+@dataclass
+class SamplingConfig:
+    """The C++ config: each field is None, or a list of one value for all sequences or one for each."""
+
+    beam_width: int = 1
+    temperature: Sequence[float] | None = None
+    top_k: Sequence[int] | None = None
+    top_p: Sequence[float] | None = None
+    top_p_decay: Sequence[float] | None = None
+    top_p_min: Sequence[float] | None = None
+    top_p_reset_ids: Sequence[int] | None = None
+    random_seed: Sequence[int] | None = None
+    min_length: Sequence[int] | None = None
+    repetition_penalty: Sequence[float] | None = None
+    presence_penalty: Sequence[float] | None = None
+    frequency_penalty: Sequence[float] | None = None
+    length_penalty: Sequence[float] | None = None
+    early_stopping: Sequence[int] | None = None
+    beam_search_diversity_rate: Sequence[float] | None = None
+    normalize_log_probs: bool | None = None
+
+
+@dataclass
+class DecodingInput:
+    """What a step is given. Batches are rows of every tensor."""
+
+    logits: torch.Tensor
+    """``[batch, beams, vocab_size_padded]``; in the first step only beam 0 is read."""
+    end_ids: torch.Tensor
+    """Integers ``[batch]``; -1 never ends."""
+    sequence_limit_length: torch.Tensor | None = None
+    """Integers ``[batch]``: prompt and generated tokens together; None is the decoder's maximum."""
+    embedding_bias: torch.Tensor | None = None
+    """``[batch, vocab_size]``."""
+    bad_words_list: Any = None
+    """As ``to_word_list_format`` makes it."""
+    stop_words_list: Any = None
+    no_repeat_ngram_size: torch.Tensor | None = None
+    """Integers ``[batch]``."""
+
+
+@dataclass
+class DecodingOutput:
+    """What a step writes. ``ids`` and ``lengths`` hold the prompts before the first one."""
+
+    ids: torch.Tensor
+    """int32 ``[batch, beams, max_sequence_length]``."""
+    lengths: torch.Tensor
+    """int32 ``[batch, beams]``: tokens of prompt and text, without an end token."""
+    new_tokens: torch.Tensor = field(init=False)
+    """int32 ``[batch, beams]``: what the last step chose."""
+    finished: torch.Tensor = field(init=False)
+    """bool ``[batch, beams]``."""
+    log_probs: torch.Tensor = field(init=False)
+    """float32 as ``ids``."""
+    cum_log_probs: torch.Tensor = field(init=False)
+    """float32 ``[batch, beams]``."""
+
+    def __post_init__(self) -> None:
+        self.new_tokens = torch.zeros_like(self.lengths)
+        self.finished = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.log_probs = torch.zeros(self.ids.shape, device=self.ids.device)
+        self.cum_log_probs = torch.zeros(self.lengths.shape, device=self.ids.device)
+
+    @property
+    def finished_sum(self) -> int:
+        """Sequences that are finished."""
+        return int(self.finished.sum())
+
+
+class _Given(Executable):
+    """An engine that computes nothing: its logits are what it was given."""
+
+    def __init__(self, vocab_size: int, build: BuildConfig, device: torch.device) -> None:
+        nobody = Provider(name="given", distribution="trtllm-core", version=__version__)
+        model = ModelConfig(
+            family="given",
+            architecture="given",
+            vocab_size=vocab_size,
+            hidden_size=1,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_size=1,
+            max_position_embeddings=build.max_seq_len,
+        )
+        self.config = EngineConfig(
+            core_version=__version__,
+            family=nobody,
+            backend=nobody,
+            contract="packed_paged",
+            model=model,
+            build=build,
+        )
+        self.device = device
+        self.capabilities = Capabilities(contract="packed_paged", dtypes=("float32",), batch_invariant=True)
+        self.tensors: tuple[TensorSpec, ...] = ()
+        self.logits: torch.Tensor
+        """float32 ``[rows, vocab_size]``, in the order of the step's rows."""
+
+    def allocate_kv(self, plan: KVPlan) -> int:
+        """See ``Executable``: there is no cache."""
+        return 0
+
+    def edit_kv(self, edits: Edits) -> None:
+        """See ``Executable``."""
+
+    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """See ``Executable``."""
+        outputs["logits"].copy_(self.logits)
+
+    def weight_bytes(self) -> int:
+        """See ``Executable``."""
+        return 0
+
+
+class GptDecoder:
+    """Chooses tokens for a batch, step by step, from logits that the caller brings.
+
+    Everything that a session honours is honoured: it *is* one, of an engine that is given its logits.
+
+    Args:
+        mode, dtype: as in C++; see there what they still mean.
+        vocab_size_padded: width of the logits; columns from ``vocab_size`` on are never chosen.
+        max_sequence_length: prompt and generated tokens together.
+        plugins: where decoders, processors and criteria are looked up; None loads what is installed.
+    """
+
+    def __init__(
+        self,
+        mode: DecodingMode,
+        dtype: DataType,
+        max_batch_size: int,
+        max_beam_width: int,
+        vocab_size: int,
+        vocab_size_padded: int,
+        max_sequence_length: int,
+        *,
+        device: torch.device | str = "cpu",
+        plugins: Plugins | None = None,
+    ) -> None:
+        refuse("GptDecoder", medusa=mode is DecodingMode.MEDUSA)
+        if vocab_size_padded < vocab_size:
+            raise ConfigError(f"vocab_size_padded {vocab_size_padded} is less than vocab_size {vocab_size}")
+        build = BuildConfig(
+            max_batch_size=max_batch_size,
+            max_beam_width=max_beam_width,
+            max_input_len=max_sequence_length - 1,
+            max_seq_len=max_sequence_length,
+            max_num_tokens=max_batch_size * max_sequence_length,
+        )
+        self.vocab_size, self.vocab_size_padded = vocab_size, vocab_size_padded
+        self._engine = _Given(vocab_size, build, torch.device(device))
+        session = Session.from_engine(self._engine)
+        self._loop = GenerationSession(None, session, plugins=plugins, kv_cache=KVCacheConfig()).loop
+        self._config: SamplingConfig | None = None
+        self._live: list[LiveRequest] = []
+
+    def setup(self, sampling_config: SamplingConfig, batch_size: int, max_sequence_length: int | None = None) -> None:
+        """Begin a batch. What was decoded before is given up.
+
+        Raises:
+            CapacityError: more sequences, or longer ones, than the decoder was made for.
+        """
+        build = self._engine.config.build
+        length = max_sequence_length or build.max_seq_len
+        if batch_size > build.max_batch_size or length > build.max_seq_len:
+            raise CapacityError(
+                f"{batch_size} sequences of {length} tokens; the decoder was made for {build.max_batch_size} of "
+                f"{build.max_seq_len}"
+            )
+        self._give_up()
+        self._config, self._batch, self._length = sampling_config, batch_size, length
+
+    def get_sampling_config(self) -> SamplingConfig:
+        """What ``setup`` was given."""
+        if self._config is None:
+            raise ConfigError("call setup before anything else")
+        return self._config
+
+    def forward(self, output: DecodingOutput, inputs: DecodingInput) -> bool:
+        """Choose the next token of each sequence that is not finished, and write it. Returns whether all are.
+
+        Raises:
+            ConfigError: ``setup`` was not called; a tensor of another shape; or a field that nothing honours.
+            PluginError: what a plugin raised.
+        """
+        config, shape = self.get_sampling_config(), tuple(inputs.logits.shape)
+        if len(shape) != 3 or (shape[0], shape[2]) != (self._batch, self.vocab_size_padded):
+            raise ConfigError(f"logits {list(shape)} are not [{self._batch}, beams, {self.vocab_size_padded}]")
+        if not self._live:
+            self._begin(self._requests(config, output, inputs))
+        running = [branch for live in self._live if not live.over for branch in live.running]
+        if running:
+            rows = torch.tensor([int(branch.request.request_id) for branch in running], device=inputs.logits.device)
+            beams = torch.tensor([branch.number if branch.generated else 0 for branch in running], device=rows.device)
+            self._engine.logits = inputs.logits[rows, beams, : self.vocab_size].float()
+            slots = [branch.slot for branch in running]
+            known, cached = self._loop.branches.slots.lengths, self._loop.cache.cached
+            self._loop.step(slots, [int(known[slot] - cached[slot]) for slot in slots])
+        for row, live in enumerate(self._live):
+            _write(output, row, live)
+        return all(live.over for live in self._live)
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        """All of them, or none."""
+        try:
+            for request in requests:
+                live = self._loop.admit(request)
+                assert live is not None, "a batch fits: setup checked its size"
+                self._live.append(live)
+        except Exception:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        for live in self._live:
+            if not live.over:
+                self._loop.end(live, "cancelled")
+        self._live = []
+
+    def _requests(self, config: SamplingConfig, output: DecodingOutput, inputs: DecodingInput) -> list[Request]:
+        given = {each.name: getattr(config, each.name) for each in fields(config)}
+        columns = {name: value for name, value in given.items() if value is not None and name != "beam_width"}
+        words = {name: getattr(inputs, name) for name in ("stop_words_list", "bad_words_list")}
+        columns |= {name: from_word_list_format(value) for name, value in words.items() if value is not None}
+        for name in ("embedding_bias", "no_repeat_ngram_size"):
+            if getattr(inputs, name) is not None:
+                columns[name] = getattr(inputs, name).tolist()
+        prompts = [output.ids[row, 0, : int(output.lengths[row, 0])].tolist() for row in range(self._batch)]
+        limits = [self._length] * self._batch
+        if inputs.sequence_limit_length is not None:
+            limits = inputs.sequence_limit_length.tolist()
+        defaults = {"random_seed": 0, "top_k": 0, **({"length_penalty": 0.0} if config.beam_width > 1 else {})}
+        configs = CoreConfig.for_batch(self._batch, **defaults | columns, num_beams=config.beam_width)
+        out = []
+        for row, (prompt, end) in enumerate(zip(prompts, inputs.end_ids.tolist(), strict=True)):
+            own = {"end_id": () if end < 0 else end, "max_new_tokens": limits[row] - len(prompt)}
+            sampling = configs[row].replace(**own, output_log_probs=True, output_cum_log_probs=True)
+            out.append(Request(str(row), tuple(prompt), sampling))
+        return out
+
+
+def _write(output: DecodingOutput, row: int, live: LiveRequest) -> None:
+    """What a request has so far, into its row."""
+    if live.error is not None:
+        raise live.error
+    start = len(live.request.prompt)
+    for beam, one in live.standing().items():
+        end = start + len(one.tokens)
+        output.ids[row, beam, start:end] = torch.tensor(one.tokens, dtype=torch.int32)
+        output.lengths[row, beam] = start + one.length
+        output.new_tokens[row, beam] = one.tokens[-1] if one.tokens else 0
+        output.finished[row, beam] = live.over or bool(one.reason)
+        output.log_probs[row, beam, start : start + len(one.log_probs)] = torch.tensor(one.log_probs)
+        output.cum_log_probs[row, beam] = one.cum_log_prob
