@@ -165,9 +165,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "truncated": (lambda e: cut(e / "rank0.safetensors", 999), EngineCorruptError, "has 999 bytes where .* truncated"),
     "grown": (lambda e: cut(e / "rank0.safetensors", 10**6), EngineCorruptError, "has 1000000 bytes where config.json"),
     "missing family": (
-        lambda e: edit(e, family={"name": "bloom", "distribution": "trtllm-plugin-bloom", "version": "1"}),
+        lambda e: edit(e, family={"name": "mamba", "distribution": "trtllm-plugin-mamba", "version": "1"}),
         PluginNotFoundError,
-        "pip install trtllm-plugin-bloom",
+        "pip install trtllm-plugin-mamba",
     ),
     "missing backend": (
         lambda e: edit(e, backend={"name": "tpu", "distribution": "trtllm-backend-tpu", "version": "1"}),
