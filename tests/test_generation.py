@@ -168,11 +168,11 @@ def test_policies_give_the_same_tokens(plugins, policy):
         ([[1]], {"output_log_probs": True}, ConfigError, "'output_log_probs': .* return_dict"),
         ([[1]], {"output_sequence_lengths": True}, ConfigError, "'output_sequence_lengths': .* return_dict"),
         ([[1]], {"text": True}, ConfigError, "'text': .* return_dict"),
-        ([[1]], {"num_beams": 4}, ConfigError, "num_beams=4"),
+        ([[1]], {"num_beams": 4}, CapacityError, "max_beam_width 1"),
         ([[1]], {"top_p_decay": 0.5}, ConfigError, "top_p_decay=0.5"),
         ([[1]], {"stop_strings": "x"}, ConfigError, "text"),
         ([[1]], {"logits_processors": "penaltis"}, LookupError, "did you mean 'penalties'"),
-        ([[1]], {"decoder": "beam_search"}, LookupError, "beam_search"),
+        ([[1]], {"decoder": "bean_search"}, LookupError, "did you mean 'beam_search'"),
         ([[1]], {"logits_processors": [{"name": "penalties", "params": {"a": 1}}]}, ConfigError, "no parameters"),
     ],
 )

@@ -112,7 +112,7 @@ def test_explain_has_the_hash_of_the_session(cli: Callable, tiny_engine: Path) -
 
 
 def test_explain_refuses_what_run_refuses(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
-    assert "honours num_beams=3" in cli("explain", tiny_engine, "--set", "num_beams=3", status=2).stderr
+    assert "max_beam_width 1" in cli("explain", tiny_engine, "--set", "num_beams=3", status=2).stderr
     assert "no kv policy" in cli("explain", tiny_engine, "--kv-policy", "nope", status=2).stderr
     ids_only = tmp_path / "e"
     shutil.copytree(tiny_engine, ids_only)

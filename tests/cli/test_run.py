@@ -162,7 +162,7 @@ def test_loading_options(cli: Callable, tiny_engine: Path) -> None:
         (["--set", "top_k=many"], "is not JSON"),
         (["--set", "top_k=2", "--top-k", "3"], "top_k is given twice"),
         (["--temperature", "-1"], "temperature = -1.0"),
-        (["--set", "num_beams=2"], "nothing in this request's plan honours num_beams=2"),
+        (["--set", "num_beams=2"], "searches with 2 branches, but the engine was built for max_beam_width 1"),
         (["--processor", "nope"], "no logits processor is registered as 'nope'"),
         (["--processor", "min_pp"], "did you mean 'min_p'?"),
         (["--processor", "min_p:{"], "is not JSON"),

@@ -62,6 +62,7 @@ class BuildOptions:
     dtype: Annotated[str | None, _build("float32, bfloat16 or float16 (default: the checkpoint's own).")] = None
     backend: Annotated[str | None, _build("What executes the engine (default: torch).")] = None
     max_batch_size: Annotated[int | None, _build("Sequences that run together (default: 8).")] = None
+    max_beam_width: Annotated[int | None, _build("Most beams of a search (default: 1).")] = None
     max_input_len: Annotated[int | None, _build("Longest prompt, in tokens (default: 1024).")] = None
     max_seq_len: Annotated[int | None, _build("Prompt and generated tokens together (default: 2048).")] = None
     max_num_tokens: Annotated[int | None, _build("Most tokens that one step runs (default: 4096).")] = None

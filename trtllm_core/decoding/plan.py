@@ -152,7 +152,10 @@ class Planner:
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
         decoder = self._decoder(sampling)
-        uses, own = sampling.logits_processors, decoder.consumes
+        own = decoder.consumes
+        named = {use.name for use in sampling.logits_processors}
+        wanted = getattr(decoder.plugin, "processors", ())
+        uses = (*(PluginUse(name=name) for name in wanted if name not in named), *sampling.logits_processors)
         chosen = self._chosen("logits_processor", sampling, uses, processors, LogitsProcessor, own)
         stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
         consumers = _consumers(sampling, [*chosen, decoder, *stops])
@@ -219,7 +222,11 @@ class Planner:
         use = sampling.decoder
         if use is None:
             greedy = sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
-            use = PluginUse(name="greedy" if greedy else "top_k_top_p")
+            name = "greedy" if greedy else "top_k_top_p"
+            if sampling.num_beams > 1 or sampling.beam_width_array:
+                hf = "hf_beam_search" if greedy else "hf_beam_sample"
+                name = hf if sampling.preset == "hf" else "beam_search"
+            use = PluginUse(name=name)
         return self._item("decoder", self.plugins.decoders, use, (Sampler, Decoder))
 
     def _chosen(

@@ -32,11 +32,18 @@ def trtllm_register_decoders(registrar: DecoderRegistrar) -> None:
     # These two draw from what the processors leave: top-k and top-p are theirs then.
     registrar.add("multinomial", f"{_HERE}.samplers:Multinomial", consumes=("random_seed",))
     registrar.add("mirostat", f"{_HERE}.mirostat:Mirostat", consumes=("random_seed",))
+    beams = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "random_seed")
+    classic = ("beam_search_diversity_rate", "beam_width_array")
+    registrar.add("beam_search", f"{_HERE}.beam_search:BeamSearch", consumes=(*beams, *classic))
+    registrar.add("hf_beam_search", f"{_HERE}.hf_beams:HFBeamSearch", consumes=beams)
+    registrar.add("diverse_beam_search", f"{_HERE}.diverse_beams:DiverseBeamSearch", consumes=beams)
+    registrar.add("hf_beam_sample", f"{_HERE}.hf_beams:HFBeamSample", consumes=beams)
 
 
 @hookimpl
 def trtllm_register_logits_processors(registrar: LogitsProcessorRegistrar) -> None:
     """Register the processors, in the order of the ``trtllm`` preset."""
+    registrar.add("log_softmax", f"{_HERE}.processors:LogSoftmax")
     registrar.add("embedding_bias", f"{_HERE}.processors:EmbeddingBias", consumes={"embedding_bias": None})
     registrar.add("temperature", f"{_HERE}.processors:Temperature", consumes={"temperature": 1.0})
     registrar.add(

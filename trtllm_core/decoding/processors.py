@@ -1,4 +1,4 @@
-"""Logits processors that look at no text: a bias on chosen tokens, temperature, and a minimum length."""
+"""Logits processors that look at no text: log-probabilities, a bias, temperature, a minimum length."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities,
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
+
+
+class LogSoftmax(DeviceLogitsProcessor):
+    """``x − log Σ exp x``: logits become log-probabilities, before all else. For searches that add them up."""
+
+    phase = Phase.BIAS
+    before = ("embedding_bias",)
+    capabilities = LogitsCapabilities(argmax_invariant=True, speculation="per_position", graph_safe=True)
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        logits.sub_(torch.where(batch.active, logits.logsumexp(dim=1), 0.0).unsqueeze(1))
 
 
 class EmbeddingBias(DeviceLogitsProcessor):

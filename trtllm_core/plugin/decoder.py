@@ -151,6 +151,8 @@ class Decoder(SlotPlugin):
     """
 
     capabilities: ClassVar[DecoderCapabilities] = DecoderCapabilities()
+    processors: ClassVar[tuple[str, ...]] = ()
+    """Registered names of logits processors that its requests get beside those that they ask for."""
 
     def plan(self, view: BranchView) -> BranchPlan:
         """Called before a request is admitted, maybe more than once, and maybe before ``setup``. ``view.slot`` is -1.

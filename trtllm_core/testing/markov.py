@@ -22,6 +22,8 @@ class MarkovExecutable(Executable):
         seed: of the table.
         build: limits; None takes small ones.
         table: float32 ``[vocab_size, vocab_size]`` instead of a random one.
+        remembers: the logits depend on all tokens of the text, each at its place, as they are found in the cache: a
+            fork or a rewind that leaves a wrong block shows.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class MarkovExecutable(Executable):
         seed: int = 0,
         build: BuildConfig | None = None,
         table: torch.Tensor | None = None,
+        remembers: bool = False,
     ) -> None:
         provider = Provider(name="markov", distribution="trtllm-core", version=__version__)
         self.config = EngineConfig(
@@ -57,11 +60,13 @@ class MarkovExecutable(Executable):
         self.tensors: tuple[TensorSpec, ...] = ()
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(vocab_size, vocab_size, generator=generator) * 3 if table is None else table
+        self.remembers = remembers
         self.calls = 0
         """How often it ran."""
 
     def allocate_kv(self, plan: KVPlan) -> int:
         """See ``Executable``: which token each cache entry holds is all there is."""
+        assert plan.window is None or not self.remembers, "a ring forgets"
         self._plan = plan
         self._cache = torch.full((plan.num_blocks * plan.tokens_per_block,), -1, dtype=torch.int32)
         return self._cache.nbytes
@@ -92,13 +97,23 @@ class MarkovExecutable(Executable):
             ids = inputs["input_ids"][start : start + length]
             if self._plan.window is None:
                 self._cache[entries] = ids
-                last[start : start + length] = self._cache[entries]
+                found = self._states(table, past + length)[past:] if self.remembers else self._cache[entries]
+                last[start : start + length] = found
             else:
                 for i, entry in enumerate(entries.tolist()):  # a chunk may overwrite what it wrote itself
                     self._cache[entry] = ids[i]
                     last[start + i] = self._cache[entry]
             start += length
         outputs["logits"].copy_(self.table[last[inputs["logits_indices"]].long()])
+
+    def _states(self, table: torch.Tensor, length: int) -> torch.Tensor:
+        position, size = torch.arange(length), self._plan.tokens_per_block
+        return self.state_of(self._cache[table[position // size].long() * size + position % size])
+
+    def state_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of the table that hold the logits after each of ``tokens``, integers ``[..., n]``, if it remembers."""
+        place = torch.arange(tokens.shape[-1]) * 7 + 3
+        return ((tokens.long() + 1) * place).cumsum(-1) % len(self.table)
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
