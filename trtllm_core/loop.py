@@ -65,6 +65,27 @@ class StepLoop:
         return self.branches.admit(request, self.cache)
 
     @torch.inference_mode()
+    def preempt(self, live: LiveRequest) -> None:
+        """Take a running request's cache away, between two steps. Its slots, text and plugins' state stay as they are.
+
+        What it had computed is left for reuse, where the policy keeps such things.
+        """
+        self.branches.put_off(live, self.cache)
+
+    @torch.inference_mode()
+    def resume(self, live: LiveRequest) -> bool:
+        """Give a preempted request room again, if there is some: the next steps compute its text anew, and go on."""
+        return self.branches.take_up(live, self.cache)
+
+    def reserve(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Make room for what ``step`` is going to run.
+
+        Raises:
+            OutOfBlocksError: there is none, and nothing was changed. Preempt somebody.
+        """
+        self.cache.extend(np.asarray(slots, np.int64), np.asarray(counts, np.int64))
+
+    @torch.inference_mode()
     def step(self, slots: Sequence[int], counts: Sequence[int]) -> list[Delta]:
         """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them."""
         started = time.perf_counter()

@@ -32,6 +32,8 @@ class GenerationOutput:
     """The stop string or word that ended it, where one did."""
     cached_prompt_tokens: int = 0
     """Tokens of the prompt that were in the KV cache already: computing began after them."""
+    preemptions: int = 0
+    """How often its request had to give its cache back, and to compute its text anew."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
     """Host seconds that each of its plugins took for its request. A call for several requests is shared equally by
     the branches that use the plugin then."""
@@ -60,6 +62,7 @@ def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
             error=live.error if one.reason == "plugin_error" else None,
             matched=None if one.stop is None else one.stop.matched,
             cached_prompt_tokens=live.cached_prompt,
+            preemptions=live.preemptions,
             plugin_seconds=live.plugin_seconds,
             request_id=request.request_id,
             sequence=number,

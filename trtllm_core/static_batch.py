@@ -11,17 +11,23 @@ from trtllm_core.decoding.plan import PlanItem
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.loop import StepLoop
+from trtllm_core.plugin.kv_policy import OutOfBlocksError
 from trtllm_core.plugin.observer import RequestStats
 
 
 class StaticBatch:
-    """First come, first served: requests start as soon as there is room, and leave when they end."""
+    """First come, first served: requests start as soon as there is room, and leave when they end.
+
+    Where the cache runs out, which happens under policies that admit without a promise, the request that came last is
+    put off: it gives its cache back and computes its text anew once another request has ended.
+    """
 
     def __init__(self, loop: StepLoop) -> None:
         self._loop = loop
         self._branches = loop.branches
         self._budget = loop.session.config.build.max_num_tokens
         self._running = False
+        self._freed = False  # a request has ended since those that were put off were last tried
 
     def run(self, requests: Sequence[Request], started: dict[str, LiveRequest]) -> Generator[list[Delta]]:
         """Steps until all requests ended: first come, first served. Whoever stops iterating ends the rest.
@@ -41,13 +47,14 @@ class StaticBatch:
             self._check(requests)
             while waiting or live:
                 deltas = self._admit(waiting, live, started)
-                slots, counts = self._schedule(live)
+                slots, counts = self._reserve(live)
                 if slots:
                     deltas += self._loop.step(slots, counts)
                 ended = [one for one in live if one.over]
                 live[:] = [one for one in live if not one.over]
                 for one in ended:
                     self._tell_end(one)
+                    self._freed = True
                 yield deltas
         finally:
             self._running = False
@@ -73,6 +80,8 @@ class StaticBatch:
 
     def _admit(self, waiting: deque[Request], live: list[LiveRequest], started: dict[str, LiveRequest]) -> list[Delta]:
         """Let requests start, in order, while there is room. Those whose plugins fail at once come back as deltas."""
+        if not self._resume(live):
+            return []
         failed = []
         while waiting:
             one = self._loop.admit(waiting[0])
@@ -87,6 +96,37 @@ class StaticBatch:
                 failed += self._loop.end(one, "plugin_error")
         return failed
 
+    def _resume(self, live: Sequence[LiveRequest]) -> bool:
+        """Let requests that were put off go on, in order, once another one has ended. Nobody else starts before."""
+        off = [one for one in live if one.put_off]
+        if not self._freed and len(off) < len(live):
+            return not off
+        self._freed = False
+        while off and self._loop.resume(off[0]):
+            off.pop(0)
+        if off and len(off) == len(live):
+            raise CapacityError("the KV pool has no room for a request although nothing runs: a policy's error")
+        return not off
+
+    def _reserve(self, live: Sequence[LiveRequest]) -> tuple[list[int], list[int]]:
+        """Who runs how many tokens, and room for them. Where there is none, those who came last are put off.
+
+        Raises:
+            CapacityError: there is no room even for the first one alone.
+        """
+        while True:
+            slots, counts = self._schedule(live)
+            try:
+                self._loop.reserve(slots, counts)
+            except OutOfBlocksError:
+                running = [one for one in live if not (one.over or one.put_off)]
+                if len(running) < 2:
+                    raise
+                self._loop.preempt(running[-1])
+                self._freed = False
+            else:
+                return slots, counts
+
     def _cancel(self, live: LiveRequest) -> None:
         """The batch is over before this request is. One that ended in a step that failed may still hold slots."""
         try:
@@ -98,7 +138,7 @@ class StaticBatch:
         """Who runs how many tokens: the next one of all that generate, then prompts, cut to the step's budget."""
         known, cached = self._branches.slots.lengths, self._loop.cache.cached
         left = self._budget
-        running = [branch.slot for one in live for branch in one.running]
+        running = [branch.slot for one in live if not one.put_off for branch in one.running]
         ready = sorted((int(known[slot] - cached[slot]), i) for i, slot in enumerate(running))
         slots, counts = [], []
         for wanted, i in ready:
@@ -119,5 +159,6 @@ class StaticBatch:
                 live.finish_reason or "",
                 live.plugin_seconds,
                 live.cached_prompt,
+                live.preemptions,
             )
         )

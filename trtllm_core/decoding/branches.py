@@ -114,6 +114,36 @@ class BranchTable:
             self._give_back(slots, admitted, cache)
         return live
 
+    def put_off(self, live: LiveRequest, cache: KVCache) -> None:
+        """See ``StepLoop.preempt``."""
+        live.put_off = True
+        live.preemptions += 1
+        cache.release(np.array(self._slots_of(live)), keep=True)
+
+    def take_up(self, live: LiveRequest, cache: KVCache) -> bool:
+        """See ``StepLoop.resume``: room for all of its branches, or for none."""
+        request, slots = live.request, self._slots_of(live)
+        longest = len(request.prompt) + request.sampling.max_new_tokens
+        first = live.running[0].slot
+        admitted: list[int] = []
+        try:
+            for slot in sorted(slots, key=lambda slot: slot != first):
+                # Of several branches one asks for what is still kept; the others compute what they have, or rest.
+                text = self.slots.history(slot) if slot == first else []
+                key, priority = request.reuse_key, request.sampling.cache_priority
+                if cache.admit(slot, text, longest - len(text), key, priority) is None:
+                    break
+                admitted.append(slot)
+        finally:
+            if admitted and len(admitted) < len(slots):
+                cache.release(np.array(admitted))
+        live.put_off = len(admitted) < len(slots)
+        return not live.put_off
+
+    def _slots_of(self, live: LiveRequest) -> list[int]:
+        """The slots that a request still has."""
+        return [slot for slot in live.slots if self.owners.get(slot) is live]
+
     def _begin(self, live: LiveRequest) -> None:
         """Everything that is kept by slot learns of the branches. A plugin that fails ends the request at once."""
         request, plan = live.request, live.plan
@@ -192,7 +222,7 @@ class BranchTable:
             reason: why, where it ends around branches that have not ended.
             told: slots of branches whose end was told.
         """
-        self._left += [slot for slot in live.slots if self.owners.get(slot) is live and slot not in self._left]
+        self._left += [slot for slot in self._slots_of(live) if slot not in self._left]
         ranked, deltas = live.plan.ranked, []
         if live.over:  # in a step that failed afterwards
             return []

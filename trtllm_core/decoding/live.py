@@ -75,6 +75,10 @@ class LiveRequest:
     """Tokens of its prompt that were in the cache when it started."""
     running: list[Branch] = field(default_factory=list)
     """The branches that the next step runs."""
+    put_off: bool = False
+    """Its cache was given up: it keeps its slots and waits for room."""
+    preemptions: int = 0
+    """How often that happened."""
     unborn: list[Branch] = field(default_factory=list)
     """Branches that begin when the prompt is through."""
     hypotheses: list[Hypothesis] = field(default_factory=list)

@@ -43,6 +43,7 @@ class KVCache:
         """Tokens written to the cache."""
         self._reported = np.zeros(budget.max_slots, np.int64)
         self._room = np.zeros(budget.max_slots, np.int64)
+        self._held = np.zeros(budget.max_slots, np.bool_)
         self._history = history if "tokens" in policy.needs else None
 
     def check(self, prompt: int, max_new_tokens: int, priority: int | None = None, branches: int = 1) -> None:
@@ -98,6 +99,7 @@ class KVCache:
                     f"KV policy {type(self.policy).__name__} says that {admission.hit_length} of {len(tokens)} prompt "
                     "tokens are cached: at least one must be computed"
                 )
+            self._held[slot] = True
             self._edit(admission.edits)
             self.cached[slot] = self._reported[slot] = self._room[slot] = admission.hit_length
         return admission
@@ -144,14 +146,20 @@ class KVCache:
         self._report(np.unique(src))  # a source of several copies is named once
         edits = self.policy.fork(src.tolist(), dst.tolist())
         self._edit(edits)
+        self._held[dst] = True
         self.cached[dst] = self.cached[src]
         self._reset(np.union1d(src, dst))
 
     def release(self, slots: np.ndarray, keep: bool = False) -> None:
-        """The slots are over; their blocks are free at once, or with ``keep`` may stay for reuse by other requests."""
+        """The slots are over; their blocks are free at once, or with ``keep`` may stay for reuse by other requests.
+
+        Slots that hold nothing, because they were released before, are passed over.
+        """
+        slots = slots[self._held[slots]]
         if keep:
             self._report(slots)
         self.policy.release(slots.tolist(), keep)
+        self._held[slots] = False
         self.cached[slots] = self._reported[slots] = self._room[slots] = 0
         self.tables[slots] = -1
 

@@ -44,3 +44,5 @@ class RequestStats:
     use the plugin then."""
     cached_prompt_tokens: int = 0
     """Tokens of its prompt that were found in the KV cache."""
+    preemptions: int = 0
+    """How often it had to give its cache back, and to compute its text anew."""
