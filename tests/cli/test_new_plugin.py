@@ -45,13 +45,8 @@ def test_the_files(kind: str, packages: dict[str, Path]) -> None:
     texts = {file.relative_to(directory).as_posix(): file.read_text("utf-8") for file in directory.rglob("*.*")}
     module = f"trial_{kind.replace('-', '_')}"
     package = f"src/trtllm_plugin_{module}"
-    assert {
-        "pyproject.toml",
-        "README.md",
-        f"{package}/plugin.py",
-        f"{package}/py.typed",
-        f"tests/test_{module}.py",
-    } <= (texts.keys())
+    due = {"pyproject.toml", "README.md", f"{package}/plugin.py", f"{package}/py.typed", f"tests/test_{module}.py"}
+    assert due <= texts.keys()
     for path, text in texts.items():
         assert "$" not in text, f"{path} has a word of its template left"
         assert max(map(len, text.splitlines()), default=0) <= 120
@@ -117,13 +112,8 @@ def test_all_of_them_build_install_and_pass_their_tests(packages: dict[str, Path
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    listing = subprocess.run(
-        [sys.executable, "-m", "trtllm_core.cli", "plugins"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "trtllm_core.cli", "plugins"]
+    listing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     for kind in packages:
         assert f"trtllm-plugin-trial-{kind}" in listing.stdout
     assert "failed" not in listing.stdout

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_core.testing import run_kit
+from trtllm_core.testing.examine import PackageConformance
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = [file.parent for file in sorted(ROOT.glob("contrib/*/pyproject.toml"))]
 LIMITS = {"trtllm-contrib-gemma2": 200}
@@ -83,6 +86,13 @@ def test_it_is_a_package_of_its_own(package: Path) -> None:
     readme = (package / "README.md").read_text(encoding="utf-8")
     assert f"pip install trtllm-core {package.name}" in readme
     assert "Apache License" in (package / "LICENSE").read_text(encoding="utf-8")
+
+
+@each
+def test_what_holds_for_every_package(package: Path) -> None:
+    """Listing plugins imports no torch through it, and its metadata say which core it fits."""
+    kit = type("Package", (PackageConformance,), {"plugin": package.name})
+    assert [result for result in run_kit(kit) if result.status != "passed"] == []
 
 
 @each

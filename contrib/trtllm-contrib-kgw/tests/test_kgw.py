@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from trtllm_contrib_kgw import detect, plugin
+from trtllm_contrib_kgw import plugin
+from trtllm_contrib_kgw.detector import detect
 from trtllm_contrib_kgw.green import MAX_CONTEXT, SALT, draws_of, keys_of
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.testing import LogitsProcessorConformance
