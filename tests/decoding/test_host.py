@@ -138,7 +138,12 @@ def test_bits_are_unpacked_alike_on_the_host_and_on_a_device(rng):
         assert (words.shape, words.dtype, (words == -1).all()) == ((n, 3), np.int32, True)
         words[:] = rng.integers(-(2**31), 2**31, words.shape)
         want = [[not int(row[t // 32]) >> (t % 32) & 1 for t in range(96)] for row in words]
-        assert masks.forbidden(n).tolist() == want
+        logits = torch.randn(n + 1, 70)
+        due = logits.clone()
+        due[:n].masked_fill_(torch.tensor(want)[:, :70], -torch.inf)
+        due[n // 2] = logits[n // 2]
+        masks.apply(logits, [i for i in range(n) if i != n // 2])
+        assert torch.equal(logits, due)
         assert unpacked(torch.from_numpy(~words).view(torch.uint8)).tolist() == want
 
 

@@ -110,7 +110,7 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         """Whether it has the mask-only form."""
         self.processes = kind.process is not HostLogitsProcessor.process
         """Whether it must see the logits."""
-        self._prepared: tuple[list[HostRow | None], bool] | None = None  # the positions, and whether any has a mask
+        self._prepared: tuple[list[HostRow | None], list[int]] | None = None  # positions, and which have a mask
 
     def setup(self, context: DecodingContext) -> None:
         super().setup(context)
@@ -126,17 +126,15 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
     def prepare(self, rows: Sequence[HostRow | None]) -> None:
         """Fill the masks of the next ``apply``. ``rows`` are its positions; None where one is not active."""
         rows = [row if row is not None and row.slot in self._states else None for row in rows]
-        masked = False
+        masked: list[int] = []
         if self.masks:
             masks = self._masks.cleared(len(rows))
             for i, slot, state, tokens in self._positions(rows):
                 try:
                     if self.plugin.mask(state, tokens, masks[i]):
-                        masked = True
-                        continue
+                        masked.append(i)
                 except BranchError as error:
                     self.failed[slot] = error
-                masks[i].fill(-1)
         self._prepared = rows, masked
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
@@ -145,7 +143,7 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         assert self._prepared is not None
         (rows, masked), self._prepared = self._prepared, None
         if masked:
-            logits.masked_fill_(self._masks.forbidden(len(rows))[:, : logits.shape[1]], -torch.inf)
+            self._masks.apply(logits, masked)
         if self.processes:
             for i, slot, state, tokens in self._positions(rows):
                 try:
@@ -191,6 +189,9 @@ class MaskBuffer:
     def __init__(self, width: int, device: torch.device) -> None:
         self._device = device
         self._words = np.empty((0, -(-width // 32)), np.int32)
+        # For each byte of a mask the largest values that the logits of its eight tokens may have.
+        self._bounds = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.inf, -np.inf).astype(np.float32)
+        self._row = np.empty((self._words.shape[1] * 4, 8), np.float32)
 
     def cleared(self, n: int) -> np.ndarray:
         """int32 ``[n, ceil(width / 32)]``, all ones: nothing is forbidden. It is the same memory each time."""
@@ -200,12 +201,22 @@ class MaskBuffer:
         words.fill(-1)
         return words
 
-    def forbidden(self, n: int) -> torch.Tensor:
-        """bool ``[n, …]``: what the first ``n`` masks forbid, on the device; at least ``width`` wide."""
-        closed = np.invert(self._words[:n]).view(np.uint8)
+    def apply(self, logits: torch.Tensor, masked: Sequence[int]) -> None:
+        """Set the logits (float32 ``[n, width]``) of forbidden tokens to -inf. Rows not in ``masked`` have no mask."""
         if self._device.type == "cpu":
-            return torch.from_numpy(np.unpackbits(closed, axis=1, bitorder="little")).view(torch.bool)
-        return unpacked(torch.from_numpy(closed).to(self._device, non_blocking=True))
+            self._apply_here(logits, masked)
+            return
+        rows = torch.tensor(masked, device=self._device)
+        closed = np.invert(self._words[list(masked)]).view(np.uint8)
+        forbidden = unpacked(torch.from_numpy(closed).to(self._device, non_blocking=True))[:, : logits.shape[1]]
+        logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
+
+    def _apply_here(self, logits: torch.Tensor, masked: Sequence[int]) -> None:
+        """A table and a minimum, row by row: unlike filling by a mask, it takes as long whatever the mask is."""
+        bounds = torch.from_numpy(self._row).view(-1)[: logits.shape[1]]
+        for i in masked:
+            np.take(self._bounds, self._words[i].view(np.uint8), axis=0, out=self._row, mode="clip")
+            torch.minimum(logits[i], bounds, out=logits[i])
 
 
 def unpacked(octets: torch.Tensor) -> torch.Tensor:

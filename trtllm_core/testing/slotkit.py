@@ -243,7 +243,7 @@ class SlotConformance(Conformance, Generic[G]):
             key = rig.plugin.graph_key
             require(isinstance(key, Hashable), f"its graph_key {key!r} is not hashable")
             rig.answers(list(rig.branches))
-            rig.commit({slot: life.tokens(1) for slot in rig.branches})
+            rig.commit(rig.possible({slot: life.tokens(1) for slot in rig.branches}))
             rig.fork([(0, 1), (1, 0)])
             require(rig.plugin.graph_key == key, "its graph_key changed, though no slot began or ended")
 
