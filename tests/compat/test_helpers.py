@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trtllm_core.compat.tensorrt_llm import profiler
 from trtllm_core.compat.tensorrt_llm.logger import Logger
 from trtllm_core.compat.tensorrt_llm.mapping import Mapping, core_mapping
 from trtllm_core.compat.tensorrt_llm.quantization import QuantMode
+from trtllm_core.compat.tensorrt_llm.runtime import loading
 from trtllm_core.errors import ConfigError
 
 
@@ -60,6 +62,36 @@ def test_ranks(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr(utils, "mpi_world", lambda: (2, 1))
     assert (utils.mpi_world_size(), utils.mpi_rank()) == (2, 1), "mpirun comes first"
+
+
+class Comm:
+    """``MPI.COMM_WORLD`` of two ranks in one process: rank 1 gets what rank 0 broadcast before."""
+
+    said = None
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def Get_rank(self):  # noqa: N802
+        return self.rank
+
+    def bcast(self, value, root):
+        if self.rank == root:
+            Comm.said = value
+        return Comm.said
+
+
+def test_ranks_that_mpirun_started_meet_where_rank_0_says(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    places = []
+    for rank in range(2):
+        monkeypatch.setattr(utils, "mpi_comm", lambda rank=rank: Comm(rank))
+        places.append(loading._meeting_place())
+    assert places[0] == places[1]
+    assert re.fullmatch(r"tcp://\S+:\d+", places[0])
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert loading._meeting_place() is None, "torchrun said where"
 
 
 def test_the_mapping_is_mutable_and_derives_at_once():

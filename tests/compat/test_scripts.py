@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core import ModelRunner, SamplingConfig
+from trtllm_core import BuildConfig, ModelRunner, SamplingConfig, build_engine
 from trtllm_core.compat import install, uninstall
 from trtllm_core.compat.cuda import cuda_on_cpu
 from trtllm_core.errors import ConfigError
@@ -123,6 +124,37 @@ def test_a_batch_with_stop_words_and_callbacks(arguments: list[str], ours: Calla
         assert (row[len(text) + len(new) :] == 255).all(), "the end token fills what is after the end"
     assert "generate: " in done.stderr
     assert ("stays on the CPU" in done.stderr) is not torch.cuda.is_available()
+
+
+@pytest.mark.slow
+def test_ranks_share_an_engine(tiny: Path, tmp_path: Path) -> None:
+    """Two ranks, as torchrun starts them: rank 0 prints what one rank alone prints."""
+    build = BuildConfig(max_batch_size=4, max_seq_len=128, max_input_len=96, tokens_per_block=16, tp_size=2)
+    build_engine(str(tiny / "checkpoint"), tmp_path / "engine", build)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "trtllm_core.compat", SCRIPT, "--use_py_session", "--input_text", *TEXTS]
+    command += ["--engine_dir", tmp_path / "engine", "--tokenizer_dir", tiny / "checkpoint", "--top_k", "3"]
+    ranks = [
+        subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=200) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    with ModelRunner.from_dir(tiny / "engine") as runner:
+        config = SamplingConfig(max_new_tokens=12, end_id=255, top_k=3, random_seed=0, return_dict=True)
+        expected = runner.generate([runner.tokenizer.encode(text) for text in TEXTS], config)["outputs"]
+    assert tokens(parsed(outputs[0][0])[0]) == [list(one.tokens)[: one.length - len(one.prompt)] for one in expected]
+    assert outputs[1][0] == ""
 
 
 def test_what_the_command_refuses(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def mpi_barrier() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         return
-    if not _started_by_mpi():
+    if not started_by_mpi():
         raise ConfigError("mpi_barrier: the ranks have not met yet; load the engine first")
     mpi_comm().Barrier()
 
@@ -146,12 +146,13 @@ def mpi_comm() -> Any:
     return MPI.COMM_WORLD
 
 
-def _started_by_mpi() -> bool:
+def started_by_mpi() -> bool:
+    """Whether mpirun, or something like it, started this process."""
     return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 
 
 def _world() -> tuple[int, int]:
-    if _started_by_mpi():
+    if started_by_mpi():
         return mpi_world()
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         return env_world()[:2]
