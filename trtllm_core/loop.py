@@ -112,11 +112,13 @@ class StepLoop:
             logits = logits[origin]
         slot, offset = torch.tensor(slots).to(self.session.device, non_blocking=True), self._offsets[: len(slots)]
         branches.pipeline.prepare(slots)
-        scores = branches.pipeline.apply(logits, slot, offset)
-        # A sampler may overwrite what it is given; who looks at the scores afterwards must find them as they were.
-        given = scores.clone() if branches.wants_log_probs or branches.rules.wants_logits else scores
+        scored = branches.wants_log_probs
+        processed, scores = branches.pipeline.apply(logits, slot, offset, scored=scored)
+        # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
+        looks = branches.rules.wants_logits or (scored and scores is processed)
+        given = processed.clone() if looks else processed
         choice = branches.choosers.select(given, slot, offset, slots)
-        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, scores, choice.source)
+        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, processed, choice.source)
         deltas = commit(branches, self.cache, branches.settle(choice, verdict, scores))
         self._release()
         return deltas

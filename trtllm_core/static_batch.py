@@ -64,12 +64,13 @@ class StaticBatch:
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what cannot work before the first token of anybody."""
-        processors: dict[object, PlanItem] = {}
+        processors: dict[str, dict[object, PlanItem]] = {}  # by preset
         ranks = self._loop.session.config.build.tp_size
         for request in requests:
-            plan = self._branches.plan(request, processors.values())
-            processors |= {item.key: item for item in plan.processors}
             prompt, sampling = len(request.prompt), request.sampling
+            beside = processors.setdefault(sampling.preset, {})
+            plan = self._branches.plan(request, beside.values())
+            beside.update({item.key: item for item in plan.processors})
             most = plan.branching.max_branches
             self._loop.cache.check(prompt, sampling.max_new_tokens, sampling.cache_priority, most)
             draws = not plan.decoder.plugin.capabilities.greedy  # type: ignore[attr-defined]

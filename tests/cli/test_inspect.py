@@ -58,11 +58,32 @@ def test_explain_shows_order_providers_fields_and_hash(cli: Callable, tiny_engin
         "paged (trtllm-core ",
         "temperature = 0.7",
         "honoured by temperature",
+        "order of preset trtllm",
+        "bias → temperature → penalty → constraint → truncation",
         "plan hash",
     ):
         assert text in out
     order = [out.index(f" {name} ") for name in ("min_length", "top_k_top_p", "stop_strings", "max_tokens")]
     assert order == sorted(order)
+
+
+def test_explain_prints_the_order_of_the_preset(cli: Callable, tiny_engine: Path) -> None:
+    options = (
+        "--temperature",
+        "0.7",
+        "--set",
+        'preset="hf"',
+        "--repetition-penalty",
+        "1.2",
+        "--top-p",
+        "0.8",
+        "--json",
+    )
+    plan = json.loads(cli("explain", tiny_engine, *options).stdout)
+    assert (plan["preset"], plan["phases"]) == ("hf", ["bias", "penalty", "constraint", "temperature", "truncation"])
+    names = [item["name"] for item in plan["pipeline"]]
+    assert names[:5] == ["penalties", "min_length", "temperature", "top_p", "multinomial"]
+    assert plan["consumers"]["preset"] == ["core"]
 
 
 def test_explain_json(cli: Callable, tiny_engine: Path) -> None:

@@ -70,11 +70,20 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     return {
         "hash": plan.digest(),
         "branches": asdict(plan.branching),
+        "preset": request.preset,
+        "phases": _phases(request),
         "pipeline": [_record(item, request) for item in plan.items],
         "asked": dict(sorted(plan.asked.items())),
         "consumers": {name: list(names) for name, names in sorted(plan.consumers.items())},
         "notes": list(plan.notes),
     }
+
+
+def _phases(request: SamplingConfig) -> list[str]:
+    """The order of the request's preset."""
+    from trtllm_core.decoding.order import PRESETS
+
+    return [phase.value for phase in PRESETS[request.preset].phases]
 
 
 def _record(item: PlanItem, request: SamplingConfig) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def _capability(name: str, value: Any) -> str:
 def _print_fields(plan: Plan, request: SamplingConfig) -> None:
     """Who honours what was set, what was left out, and the hash of it all."""
     there = {item.name for item in plan.items} | {"core"}
-    lines = [
+    lines = [(f"order of preset {request.preset}", " → ".join(_phases(request)))]
+    lines += [
         (
             f"{name} = {getattr(request, name)!r}",
             "honoured by " + ", ".join(who if who in there else f"{who} (left out)" for who in plan.consumers[name]),

@@ -85,7 +85,7 @@ class BranchTable:
 
     def admit(self, request: Request, cache: KVCache) -> LiveRequest | None:
         """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
-        plan = self.plan(request, [stage.item for stage in self.pipeline.live])
+        plan = self.plan(request, self.pipeline.beside(request.sampling.preset))
         count = plan.branching.max_branches
         if self.slots.free < count:
             return None

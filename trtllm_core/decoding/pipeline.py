@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from trtllm_core.decoding.host import HostProcessorAdapter, HostRow
-from trtllm_core.decoding.order import ordered
+from trtllm_core.decoding.order import PRESETS, merged, ordered
+from trtllm_core.decoding.plan import PlanItem
 from trtllm_core.decoding.stages import Stage, Stages
 from trtllm_core.errors import PluginContractError, PluginError
-from trtllm_core.plugin import DecodingContext, DeviceLogitsProcessor, HostLogitsProcessor, LogitsBatch, LogitsProcessor
+from trtllm_core.plugin import (
+    BranchView,
+    DecodingContext,
+    DeviceLogitsProcessor,
+    HostLogitsProcessor,
+    LogitsBatch,
+    LogitsProcessor,
+)
+
+
+class Pass(NamedTuple):
+    """One call of ``apply`` in a step."""
+
+    stage: Stage[DeviceLogitsProcessor]
+    flags: torch.Tensor
+    """bool ``[slots]``: whose rows it is for."""
+    unscored: bool
+    """Whether it changes what the log-probabilities of some of these rows must not see."""
+
+
+class Processed(NamedTuple):
+    """What the pipeline makes of raw logits. Both are float32 ``[n, vocab_size_padded]``."""
+
+    logits: torch.Tensor
+    """To choose from. Where nobody processes anything, the raw logits themselves."""
+    scores: torch.Tensor
+    """To take log-probabilities from: the same tensor, unless somebody wants some and a preset leaves out a phase."""
 
 
 class LogitsPipeline(Stages[DeviceLogitsProcessor]):
     """Runs the processors that this step's slots asked for, in order, on a copy of the raw logits.
+
+    The order is that of the request's preset. Rows of several presets share a step: a processor that they put at
+    different places runs at each of them, for the rows of that preset.
 
     When a processor fails, the step starts over from the raw logits without it: who did not ask for it never notices.
     """
@@ -33,15 +64,59 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             assert isinstance(processor, DeviceLogitsProcessor)
             return processor
 
-        super().__init__(context, wrap, ordered)
+        super().__init__(context, wrap)
         self._work = torch.empty(positions, context.vocab_size_padded, device=context.device)
         self._debug = debug
         self._broken: list[Stage[DeviceLogitsProcessor]] = []  # failed in ``prepare``: ``apply`` passes them over
+        self._presets: dict[int, str] = {}
+        self._passes: list[Pass] = []
+        self._all_scored: torch.Tensor | None = None  # bool [slots]: rows whose log-probabilities see every phase
+
+    def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
+        """See ``Stages``."""
+        self._presets[view.slot] = view.sampling.preset
+        super().begin(items, view)
+
+    def end(self, slot: int) -> dict[str, float]:
+        """See ``Stages``."""
+        self._presets.pop(slot, None)
+        return super().end(slot)
+
+    def beside(self, preset: str) -> list[PlanItem]:
+        """The live processors of requests with this preset: what a new one is ordered with."""
+        return [stage.item for stage in self._of_preset(preset)]
+
+    def _of_preset(self, preset: str) -> list[Stage[DeviceLogitsProcessor]]:
+        slots = {slot for slot, name in self._presets.items() if name == preset}
+        return [stage for stage in self.live if not stage.members.isdisjoint(slots)]
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        stages = {stage.item.key: stage for stage in self.live}
+        presets = [name for name in PRESETS if name in self._presets.values()]
+        orders = {name: [item.key for item in ordered(self.beside(name), name)] for name in presets}
+        self._passes = []
+        for key, names in merged(orders):
+            stage = stages[key]
+            flags = stage.flags if len(names) == len(presets) else stage.flags & self._rows_of(names)
+            unscored = any(stage.plugin.phase in PRESETS[name].unscored for name in names)
+            self._passes.append(Pass(stage, flags, unscored))
+        scored = {name for name in presets if not PRESETS[name].unscored}
+        self._all_scored = self._rows_of(scored) if scored and len(scored) < len(presets) else None
+
+    def _rows_of(self, presets: Collection[str]) -> torch.Tensor:
+        """bool ``[slots]``: whose request has one of these presets."""
+        here = [self._presets.get(slot) in presets for slot in range(self.context.slots)]
+        return torch.tensor(here, device=self.context.device)
 
     def prepare(self, slots: Sequence[int]) -> None:
-        """Let the host processors fill their masks for the positions of the next ``apply``, while the engine runs."""
+        """Let the host processors fill their masks for the positions of the next ``apply``, while the engine runs.
+
+        One that stands at several places, for rows of several presets, does so when its turns come.
+        """
         for stage in self.live:
-            if isinstance(stage.plugin, HostProcessorAdapter):
+            once = sum(each.stage is stage for each in self._passes) == 1
+            if isinstance(stage.plugin, HostProcessorAdapter) and once:
                 rows = [HostRow(slot) if slot in stage.members else None for slot in slots]
                 try:
                     stage.call(stage.plugin.prepare, rows)
@@ -56,27 +131,37 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         slot: torch.Tensor,
         offset: torch.Tensor,
         draft: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Process ``raw`` (float32 ``[n, vocab_size_padded]``, left as it is); returns the result, same shape.
+        scored: bool = False,
+    ) -> Processed:
+        """Process ``raw`` (float32 ``[n, vocab_size_padded]``, left as it is).
 
-        Where nobody processes anything, that is ``raw`` itself.
+        Args:
+            raw: what the engine computed.
+            slot, offset, draft: the positions, as in ``LogitsBatch``.
+            scored: whether somebody wants log-probabilities.
         """
-        stages = [stage for stage in self.live if stage not in self._broken]
+        passes = [each for each in self._passes if each.stage not in self._broken]
         self._broken.clear()
-        while stages:
-            logits = self._work[: raw.shape[0]].copy_(raw)
-            for stage in stages:
-                batch = LogitsBatch(self.context, slot, offset, stage.flags[slot], draft)
+        while passes:
+            logits, scores = self._work[: raw.shape[0]].copy_(raw), None
+            for stage, flags, unscored in passes:
+                if scored and unscored and scores is None:
+                    scores = logits.clone()
+                batch = LogitsBatch(self.context, slot, offset, flags[slot], draft)
                 try:
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
                     self._fail_branches(stage)
                 except PluginError as error:
                     self._fail(stage, error)
-                    stages.remove(stage)
+                    passes = [each for each in passes if each.stage is not stage]
                     break
             else:
-                return logits
-        return raw
+                if scores is None:
+                    return Processed(logits, logits)
+                if self._all_scored is not None:
+                    scores = torch.where(self._all_scored[slot].unsqueeze(1), logits, scores)
+                return Processed(logits, scores)
+        return Processed(raw, raw)
 
     def _checked(
         self, stage: Stage[DeviceLogitsProcessor], given: torch.Tensor, result: torch.Tensor | None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
 from trtllm_core.config.base import problems
-from trtllm_core.decoding.order import ordered
+from trtllm_core.decoding.order import PRESETS, ordered
 from trtllm_core.errors import (
     CapacityError,
     ConfigError,
@@ -46,6 +46,7 @@ CORE_FIELDS = frozenset(
         "output_log_probs",
         "cache_salt",
         "cache_priority",
+        "preset",
         "decoder",
         "logits_processors",
         "stopping_criteria",
@@ -142,7 +143,8 @@ class Planner:
     ) -> Plan:
         """The plan of a request; ``processors`` and ``criteria`` are objects that the user passed in.
 
-        ``beside`` are the processors of requests that it will run together with: a session has one order for all.
+        ``beside`` are the processors of requests of its preset that it will run together with: there is one order for
+        all of them.
         ``prompt`` is what its decoder is shown to say how many branches it needs.
 
         Raises:
@@ -161,23 +163,21 @@ class Planner:
         consumers = _consumers(sampling, [*chosen, decoder, *stops])
         self._check_honoured(sampling, consumers)
         log_probs = sampling.output_log_probs or sampling.output_cum_log_probs
-        notes = []
-        looks = log_probs or any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
-        if decoder.plugin.capabilities.greedy and not looks:  # type: ignore[attr-defined]
-            idle = [item for item in chosen if item.plugin.capabilities.argmax_invariant]  # type: ignore[attr-defined]
-            notes = [f"{item.name}: left out, it cannot change which logit is largest" for item in idle]
-            chosen = [item for item in chosen if item not in idle]
+        looks = any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
+        idle = _idle(sampling, decoder, chosen, log_probs, looks)
+        chosen = [item for item in chosen if item.key not in idle]
+        notes = tuple(idle.values())
         for item in (decoder, *chosen, *stops):
             offers = self.offers | {"logits"} if isinstance(item.plugin, DeviceStoppingCriterion) else self.offers
             missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
             missing |= {name for base, name in UNUSED if _overrides(item.plugin, base, name)}
             if missing:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
-        chosen = ordered(chosen)
-        _check_beside(chosen, beside)
+        chosen = ordered(chosen, sampling.preset)
+        _check_beside(chosen, beside, sampling.preset)
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()))
         branching = self._branching(decoder, sampling, prompt)
-        return Plan(decoder, tuple(chosen), tuple(stops), consumers, tuple(notes), log_probs, asked, branching)
+        return Plan(decoder, tuple(chosen), tuple(stops), consumers, notes, log_probs, asked, branching)
 
     def _branching(self, decoder: PlanItem, sampling: SamplingConfig, prompt: Sequence[int]) -> BranchPlan:
         if isinstance(decoder.plugin, Sampler):
@@ -221,8 +221,8 @@ class Planner:
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
         if use is None:
-            greedy = sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
-            name = "greedy" if greedy else "top_k_top_p"
+            greedy = _greedy(sampling)
+            name = "greedy" if greedy else PRESETS[sampling.preset].sampler
             if sampling.num_beams > 1 or sampling.beam_width_array:
                 hf = "hf_beam_search" if greedy else "hf_beam_sample"
                 name = hf if sampling.preset == "hf" else "beam_search"
@@ -312,11 +312,37 @@ def _check_kind(name: str, thing: object, bases: tuple[type, ...], kind: str) ->
                 )
 
 
-def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem]) -> None:
+def _greedy(sampling: SamplingConfig) -> bool:
+    """Whether its fields, unless a decoder is named, ask for the likeliest tokens and not for drawn ones."""
+    return sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
+
+
+def _idle(
+    sampling: SamplingConfig, decoder: PlanItem, chosen: Iterable[PlanItem], log_probs: bool, looks: bool
+) -> dict[object, str]:
+    """Processors that are left out where nothing is drawn: key to what is said about it.
+
+    ``looks``: a criterion sees the logits that were chosen from.
+    """
+    idle: dict[object, str] = {}
+    greedy = decoder.plugin.capabilities.greedy  # type: ignore[attr-defined]
+    draws = not (greedy or (sampling.decoder is None and _greedy(sampling)))
+    preset, named = PRESETS[sampling.preset], {use.name for use in sampling.logits_processors}
+    for item in chosen:
+        phase, capabilities = item.plugin.phase, item.plugin.capabilities  # type: ignore[attr-defined]
+        seen = looks or (log_probs and phase not in preset.unscored)
+        if greedy and capabilities.argmax_invariant and not seen:
+            idle[item.key] = f"{item.name}: left out, it cannot change which logit is largest"
+        elif not draws and phase in preset.only_drawn and not item.passed and item.name not in named:
+            idle[item.key] = f"{item.name}: left out, in preset {sampling.preset} it shapes drawn choices only"
+    return idle
+
+
+def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem], preset: str) -> None:
     keys = {item.key for item in chosen}
     others = {item.key: item for item in beside if item.key not in keys}
     try:
-        ordered([*others.values(), *chosen])
+        ordered([*others.values(), *chosen], preset)
     except ConfigError as error:
         raise ConfigError(f"this request cannot run together with others of its session: {error}") from error
 

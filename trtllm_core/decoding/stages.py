@@ -134,33 +134,23 @@ class Stage(Generic[P]):
         return share - self._joined.pop(slot) + (self.seconds - seconds)
 
 
-def _by_rank(items: list[PlanItem]) -> list[PlanItem]:
-    """As they were registered: never as they came to be used, which depends on the company."""
-    return sorted(items, key=lambda item: item.rank)
-
-
 class Stages(Generic[P]):
-    """All plugins of one kind in a session, in the order in which they run.
+    """All plugins of one kind in a session.
 
     A plugin that raises fails the slots that use it, which ``failures`` collects, and nobody else.
     """
 
-    def __init__(
-        self,
-        context: DecodingContext,
-        wrap: Callable[[Any], P],
-        order: Callable[[list[PlanItem]], list[PlanItem]] = _by_rank,
-    ) -> None:
+    def __init__(self, context: DecodingContext, wrap: Callable[[Any], P]) -> None:
         self.context = context
         self.live: list[Stage[P]] = []
-        """Stages that some slot uses, in order."""
+        """Stages that some slot uses, as they were registered: not as they came to be used, which depends on the
+        company."""
         self.failures: dict[int, PluginError] = {}
         """Slot to what failed it, since ``take_failures``."""
         self._all: dict[object, Stage[P]] = {}
         self._of: dict[int, list[Stage[P]]] = {}
         self._spent: dict[str, float] = {}  # seconds of stages that are gone
         self._wrap = wrap
-        self._order = order
 
     def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
         """A branch starts with these plugins. All of them begin, or none is left behind.
@@ -264,5 +254,5 @@ class Stages(Generic[P]):
             if stage.item.passed and not stage.members:  # the user's object: nothing here would use it again
                 self._spent[stage.name] = self._spent.get(stage.name, 0.0) + stage.seconds
                 del self._all[key]
-        live = {stage.item.key: stage for stage in self._all.values() if stage.members}
-        self.live = [live[item.key] for item in self._order([stage.item for stage in live.values()])]
+        live = [stage for stage in self._all.values() if stage.members]
+        self.live = sorted(live, key=lambda stage: stage.item.rank)
