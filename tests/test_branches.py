@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig
+from trtllm_core.batch_input import make_requests
 from trtllm_core.config import BuildConfig, KVCacheConfig
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.errors import CapacityError, PluginContractError
@@ -314,7 +315,7 @@ def test_a_stream_names_the_answer(runner):
 def test_answers_end_by_themselves_and_free_their_place(runner):
     config = DRAWS.replace(num_return_sequences=4, end_id=tuple(range(12)), min_length=0)
     left = []
-    for deltas in runner.generation._batch.run(runner.generation._requests([PROMPT], config, None, None, False), {}):
+    for deltas in runner.generation._batch.run(make_requests(runner, runner.generation.lora, [PROMPT], config), {}):
         ended = sum(delta.finish_reason is not None for delta in deltas)
         left.append((runner.generation.loop.branches.slots.free, ended))
     free = 4
@@ -330,7 +331,7 @@ def test_requests_wait_for_enough_slots(runner):
     together = runner.generate([PROMPT, [1]], config)["outputs"]
     three = make(runner.generation.plugins, beams=3, batch=1)
     stream = three.generation._batch.run(
-        three.generation._requests([PROMPT, [1]], config, None, None, False), started := {}
+        make_requests(three, three.generation.lora, [PROMPT, [1]], config), started := {}
     )
     for _ in stream:
         pass

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from trtllm_core.batch_input import make_requests, unpack
 from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig, with_fields
 from trtllm_core.decoding.branches import BranchTable
@@ -20,9 +21,12 @@ from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.kv_cache.making import make_cache
 from trtllm_core.loop import StepLoop
+from trtllm_core.lora import LoraManager
 from trtllm_core.outputs import BatchIds, batch_result, check_ids_suffice, outputs_of, partial_result
+from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
 from trtllm_core.plugin.observer import SessionStats
+from trtllm_core.prompt_table import Table, by_task
 from trtllm_core.properties import EngineProperties
 from trtllm_core.session import Session
 from trtllm_core.static_batch import StaticBatch
@@ -85,7 +89,8 @@ class GenerationSession(EngineProperties):
         )
         cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
-        self._batch = StaticBatch(self.loop)
+        self.lora = LoraManager(self.session, self.plugins, TensorParallel(self.mapping.tp_rank, self.mapping.tp_size))
+        self._batch = StaticBatch(self.loop, self.lora)
         self._shape: tuple[int, int, int, int] | None = None
         self._closed = False
         self.plugins.on_session_start(self._stats())
@@ -137,6 +142,11 @@ class GenerationSession(EngineProperties):
         stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
         full: bool = False,
+        *,
+        prompt_embedding_table: torch.Tensor | None = None,
+        tasks: Sequence[int] | torch.Tensor | None = None,
+        prompt_vocab_size: int | torch.Tensor | None = None,
+        lora_uids: Sequence[str | None] | None = None,
     ) -> Any:
         """Generate for a batch, after ``setup``.
 
@@ -150,6 +160,9 @@ class GenerationSession(EngineProperties):
             full: with ``streaming``, the whole result after each step, as the classic runtime gave it: the tensor, or
                 with ``return_dict`` a dictionary with ``output_ids`` and the lengths and log-probabilities that were
                 asked for, of what there is so far. An error is raised once all sequences have ended.
+            prompt_embedding_table, tasks, prompt_vocab_size: a prompt table ``[num_tasks, task_vocab, hidden_size]``,
+                or its rows ``[num_tasks * task_vocab, hidden_size]`` with ``task_vocab``; and each prompt's task.
+            lora_uids: of each prompt, the adapter; None and ``"-1"`` are none.
 
         Returns:
             int32 ``[batch, sequences, max_seq_len]`` of prompt and generated tokens (as many sequences as a request
@@ -173,10 +186,21 @@ class GenerationSession(EngineProperties):
             "return_dict": return_dict or None,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
-        prompts = _unpack(input_ids, context_lengths)
+        prompts = unpack(input_ids, context_lengths)
         sampling = with_fields(sampling_config, len(prompts), changes)
         self._check_setup(prompts, [sampling] if isinstance(sampling, SamplingConfig) else sampling)
-        return self.decode_batch(prompts, sampling, streaming, stopping_criteria, logits_processor, full=full)
+        table = None if prompt_embedding_table is None else by_task(prompt_embedding_table, prompt_vocab_size)
+        return self.decode_batch(
+            prompts,
+            sampling,
+            streaming,
+            stopping_criteria,
+            logits_processor,
+            full=full,
+            prompt_table=table,
+            prompt_tasks=tasks,
+            lora_uids=lora_uids,
+        )
 
     def decode_batch(
         self,
@@ -188,9 +212,26 @@ class GenerationSession(EngineProperties):
         *,
         full: bool = False,
         text: bool = False,
+        prompt_table: Table | Sequence[Table | None] | None = None,
+        prompt_tasks: str | Sequence[int] | torch.Tensor | None = None,
+        lora_uids: Sequence[str | None] | None = None,
     ) -> Any:
-        """Generate for a list of prompts, with one SamplingConfig for all or one for each. Returns as ``decode``."""
-        requests = self._requests(input_ids, sampling_config, stopping_criteria, logits_processor, text)
+        """Generate for a list of prompts, with one SamplingConfig for all or one for each. Returns as ``decode``.
+
+        ``prompt_table``, ``prompt_tasks`` and ``lora_uids`` are as for ``ModelRunner.generate``.
+        """
+        requests = make_requests(
+            self,
+            self.lora,
+            input_ids,
+            sampling_config,
+            logits_processor,
+            stopping_criteria,
+            text,
+            prompt_table,
+            prompt_tasks,
+            lora_uids,
+        )
         if not streaming:
             return self.decode_regular(requests)
         return self._stream_full(requests) if full else self.decode_stream(requests)
@@ -233,25 +274,6 @@ class GenerationSession(EngineProperties):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _requests(
-        self,
-        prompts: Sequence[Any],
-        sampling: SamplingConfig | Sequence[SamplingConfig],
-        criteria: Any,
-        processors: Any,
-        text: bool,
-    ) -> list[Request]:
-        configs = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
-        if len(configs) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts need one SamplingConfig or {len(prompts)}, not {len(configs)}")
-        processors, criteria = _objects(processors, LogitsProcessor), _objects(criteria, StoppingCriterion)
-        requests = []
-        for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
-            tokens = prompt.reshape(-1).tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-            self.check_prompt(tokens, config, f"prompt {i}")
-            requests.append(Request(str(i), tuple(tokens), config, processors, criteria, text))
-        return requests
-
     def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
         """The whole result, as it stands, after each step that added something."""
         if not any(request.sampling.return_dict for request in requests):
@@ -293,20 +315,3 @@ class GenerationSession(EngineProperties):
             self.loop.cache.bytes,
             self.session.context_mem_size,
         )
-
-
-def _unpack(input_ids: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-    sizes = lengths.reshape(-1).tolist()
-    if input_ids.dim() == 1:
-        if input_ids.shape[0] != sum(sizes):
-            raise ConfigError(
-                f"packed input_ids has {input_ids.shape[0]} tokens; context_lengths add up to {sum(sizes)}"
-            )
-        return [part.tolist() for part in torch.split(input_ids, sizes)]
-    if input_ids.shape[0] != len(sizes) or max(sizes, default=0) > input_ids.shape[1]:
-        raise ConfigError(f"input_ids {list(input_ids.shape)} does not fit context_lengths {sizes}")
-    return [row[:size].tolist() for row, size in zip(input_ids, sizes, strict=True)]
-
-
-def _objects(given: Any, base: type) -> tuple[Any, ...]:
-    return () if given is None else (given,) if isinstance(given, base) else tuple(given)

@@ -145,8 +145,10 @@ class StepLoop:
         ends = np.cumsum(rows.counts)
         row = np.repeat(np.arange(len(rows.slots)), rows.counts)
         position = np.arange(len(row)) - (ends - rows.counts - past)[row]
-        inputs = {
-            "input_ids": self.branches.slots.tokens[rows.slots[row], position],
+        ids = self.branches.slots.tokens[rows.slots[row], position]
+        further = self.branches.conditions.inputs(rows.slots, row, ids)
+        arrays = {
+            "input_ids": ids,
             "position_ids": position,
             "query_lengths": rows.counts.astype(np.int32),
             "past_lengths": past.astype(np.int32),
@@ -154,7 +156,8 @@ class StepLoop:
             "logits_indices": ends[rows.asking] - 1,
         }
         logits = self._logits[: int(rows.asking.sum())]
-        self.engine.run({name: torch.from_numpy(array) for name, array in inputs.items()}, {"logits": logits})
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()} | further
+        self.engine.run(inputs, {"logits": logits})
         if self._vocab_size < logits.shape[1]:
             logits[:, self._vocab_size :] = torch.finfo(torch.float32).min
         return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -15,6 +15,9 @@ from trtllm_core.errors import CapacityError, ConfigError, listing
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import ModelFamily, Plugins
 from trtllm_core.session import Session
+
+Directories = Path | str | Sequence[Path | str]
+"""One adapter's directory, or those of several."""
 
 NO_ADAPTER = "-1"
 """The classic uid of a request that uses none."""
@@ -54,6 +57,20 @@ class LoraManager:
     def uids(self) -> tuple[str, ...]:
         """Of the loaded adapters, in the order in which they came."""
         return tuple(self._adapters)
+
+    def load_from_ckpt(self, directories: Directories | None, ckpt_source: str = "hf") -> None:
+        """Load adapters under the uids "0", "1", … in order.
+
+        Raises:
+            ConfigError, CheckpointError, CapacityError: as ``add``; or they are of another kind than "hf".
+        """
+        if ckpt_source != "hf":
+            raise ConfigError(
+                f"lora_ckpt_source is {ckpt_source!r}: only adapters of Hugging Face PEFT, 'hf', are read"
+            )
+        several = [directories] if isinstance(directories, (str, Path)) else directories or ()
+        for number, directory in enumerate(several):
+            self.add(str(number), directory)
 
     def add(self, uid: str, directory: Path | str) -> Adapter:
         """Load a Hugging Face PEFT adapter. Requests may run meanwhile.

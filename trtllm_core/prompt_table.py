@@ -88,6 +88,20 @@ def virtual_tokens(
     return [None if one is None else _task(one, number, config) for one, number in zip(tables, numbers, strict=True)]
 
 
+def by_task(rows: torch.Tensor, task_vocab: int | torch.Tensor | None) -> torch.Tensor:
+    """A table from its rows ``[num_tasks * task_vocab, hidden_size]``, as classic sessions took it; a table stays.
+
+    Raises:
+        ConfigError: the rows do not make up whole tasks.
+    """
+    if rows.dim() != 2:
+        return rows
+    size = len(rows) if task_vocab is None else int(task_vocab)
+    if size < 1 or len(rows) % size:
+        raise ConfigError(f"prompt_embedding_table has {len(rows)} rows, not a multiple of prompt_vocab_size {size}")
+    return rows.view(-1, size, rows.shape[1])
+
+
 def virtual_inputs(ids: np.ndarray, slots: np.ndarray, tables: Mapping[int, VirtualTokens]) -> dict[str, torch.Tensor]:
     """The engine's inputs for the virtual ids of a step; nothing where there is none.
 

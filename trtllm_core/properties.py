@@ -12,6 +12,7 @@ from trtllm_core.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from trtllm_core.config import Mapping
+    from trtllm_core.prompt_table import VirtualTokens
     from trtllm_core.session import Session
 
 
@@ -106,10 +107,19 @@ class EngineProperties:
         """Bytes of weights on this rank."""
         return self.session.context_mem_size
 
+    @property
+    def use_lora_plugin(self) -> bool:
+        """Whether the engine takes LoRA adapters."""
+        return self.config.build.max_lora_rank > 0
+
+    @property
+    def max_prompt_embedding_table_size(self) -> int:
+        """Rows that a prompt table may have, over all its tasks; 0: the engine takes none."""
+        return self.config.build.max_prompt_embedding_table_size
+
     # What engines of this version never have; the classic names stay, so that scripts can ask.
     use_gpt_attention_plugin = True
     use_mamba_conv1d_plugin = False
-    use_lora_plugin = False
     use_custom_all_reduce = False
     use_context_fmha_for_generation = False
     cross_attention = False
@@ -117,7 +127,6 @@ class EngineProperties:
     has_token_type_embedding = False
     gather_context_logits = False
     gather_generation_logits = False
-    max_prompt_embedding_table_size = 0
     is_medusa_mode = False
     num_medusa_heads = 0
     max_medusa_tokens = 0
@@ -130,19 +139,23 @@ class EngineProperties:
         """0: weights are not quantised."""
         return 0
 
-    def check_prompt(self, prompt: Sequence[int], sampling: SamplingConfig, name: str) -> None:
-        """Refuse a prompt that the engine cannot run.
+    def check_prompt(
+        self, prompt: Sequence[int], sampling: SamplingConfig, name: str, virtual: VirtualTokens | None = None
+    ) -> None:
+        """Refuse a prompt that the engine cannot run. ``virtual``: what ids beyond the vocabulary stand for.
 
         Raises:
-            ConfigError: it is empty, or has token ids outside the vocabulary.
+            ConfigError: it is empty, or has token ids outside the vocabulary and the table.
             CapacityError: it is longer than the engine was built for, alone or with what it asks for.
         """
         build, vocab = self.config.build, self.vocab_size
         if not prompt:
             raise ConfigError(f"{name} is empty: there must be at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            wrong = next(token for token in prompt if not 0 <= token < vocab)
-            raise ConfigError(f"{name} has token id {wrong}, outside the vocabulary of {vocab}")
+        if virtual is not None:
+            virtual.check(prompt, name)
+        wrong = [token for token in (min(prompt), max(prompt)) if token < 0 or (virtual is None and token >= vocab)]
+        if wrong:
+            raise ConfigError(f"{name} has token id {wrong[0]}, outside the vocabulary of {vocab}")
         if len(prompt) > build.max_input_len:
             raise CapacityError(f"{name} has {len(prompt)} tokens; the engine takes at most {build.max_input_len}")
         if len(prompt) + sampling.max_new_tokens > build.max_seq_len:

@@ -14,7 +14,9 @@ from trtllm_core.decoding.plan import Plan
 from trtllm_core.engine.directory import TOKENIZER
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.generation import GenerationSession
+from trtllm_core.lora import Directories
 from trtllm_core.plugin import Executable, LogitsProcessor, Plugins, StoppingCriterion
+from trtllm_core.prompt_table import Table
 from trtllm_core.properties import EngineProperties
 from trtllm_core.session import Session
 
@@ -36,6 +38,8 @@ class ModelRunner(EngineProperties):
         *,
         kv_cache: KVCacheConfig | None = None,
         plugins: Plugins | None = None,
+        lora_dir: Directories | None = None,
+        lora_ckpt_source: str = "hf",
         **options: Any,
     ) -> ModelRunner:
         """Load an engine directory: its config is checked, then one rank's weights are mapped.
@@ -46,16 +50,21 @@ class ModelRunner(EngineProperties):
             debug_mode: see ``GenerationSession``.
             kv_cache: policy and size of the KV cache.
             plugins: where everything is looked up; None loads what is installed.
+            lora_dir: a directory of a Hugging Face PEFT adapter, or several. Their uids are "0", "1", … in order.
+            lora_ckpt_source: "hf", the only kind of adapters that is read.
             options: the backend's own, such as ``device="cuda"`` or ``batch_invariant=True``.
 
         Raises:
             EngineError, PluginNotFoundError: it cannot be loaded here; the message says why and what to do.
+            ConfigError, CheckpointError: as ``add_lora``.
         """
         plugins = plugins or Plugins.load()
         session = Session.from_directory(engine_dir, rank, plugins=plugins, **options)
         has_tokenizer = (Path(engine_dir) / TOKENIZER).is_file()
         tokenizer = Tokenizer.from_dir(engine_dir) if has_tokenizer else None
-        return cls._of(session, rank, debug_mode, kv_cache, plugins, tokenizer)
+        runner = cls._of(session, rank, debug_mode, kv_cache, plugins, tokenizer)
+        runner.generation.lora.load_from_ckpt(lora_dir, lora_ckpt_source)
+        return runner
 
     @classmethod
     def from_engine(
@@ -67,10 +76,14 @@ class ModelRunner(EngineProperties):
         kv_cache: KVCacheConfig | None = None,
         plugins: Plugins | None = None,
         tokenizer: Tokenizer | None = None,
+        lora_dir: Directories | None = None,
+        lora_ckpt_source: str = "hf",
     ) -> ModelRunner:
         """Use an engine that is loaded already. It has no directory, so its tokenizer is passed in."""
         session = engine if isinstance(engine, Session) else Session.from_engine(engine)
-        return cls._of(session, rank, debug_mode, kv_cache, plugins or Plugins.load(), tokenizer)
+        runner = cls._of(session, rank, debug_mode, kv_cache, plugins or Plugins.load(), tokenizer)
+        runner.generation.lora.load_from_ckpt(lora_dir, lora_ckpt_source)
+        return runner
 
     @classmethod
     def _of(
@@ -110,6 +123,9 @@ class ModelRunner(EngineProperties):
         *,
         full: bool = False,
         text: bool = False,
+        prompt_table: Table | Sequence[Table | None] | None = None,
+        prompt_tasks: str | Sequence[int] | torch.Tensor | None = None,
+        lora_uids: Sequence[str | None] | None = None,
         **fields: Any,
     ) -> Any:
         """Generate for each prompt.
@@ -120,6 +136,11 @@ class ModelRunner(EngineProperties):
             streaming: return an iterator over ``Delta``; with ``full``, over the whole result after each step.
             stopping_criteria, logits_processor: objects to use beside those that the config names.
             text: deltas and outputs carry text.
+            prompt_table: embeddings ``[num_tasks, task_vocab, hidden_size]``, or a ``.npy`` file of them, which stand
+                for the token ids ``vocab_size`` to ``vocab_size + task_vocab - 1`` of the prompts. A list has one for
+                each prompt, or None.
+            prompt_tasks: each prompt's task, such as ``"0,3,1,0"``; None is task 0 for all.
+            lora_uids: each prompt's adapter, by the uid that it was loaded under; None and ``"-1"`` are none.
             fields: SamplingConfig fields that replace those of ``sampling_config``: one value for all, or a vector with
                 one for each (see ``SamplingConfig.for_batch``).
 
@@ -146,7 +167,33 @@ class ModelRunner(EngineProperties):
             logits_processor,
             full=full,
             text=text,
+            prompt_table=prompt_table,
+            prompt_tasks=prompt_tasks,
+            lora_uids=lora_uids,
         )
+
+    @property
+    def lora_uids(self) -> tuple[str, ...]:
+        """The adapters that are loaded."""
+        return self.generation.lora.uids
+
+    def add_lora(self, uid: str, directory: Path | str) -> None:
+        """Load a Hugging Face PEFT adapter; requests that come from now on may name it. Others may run meanwhile.
+
+        Raises:
+            ConfigError: the engine was not built for it, or the uid is taken.
+            CheckpointError: the adapter cannot be read, asks for what is not supported, or is of another model.
+            CapacityError: as many are loaded as the engine was built for.
+        """
+        self.generation.lora.add(uid, directory)
+
+    def drop_lora(self, uid: str) -> None:
+        """Unload an adapter.
+
+        Raises:
+            ConfigError: there is none of this uid, or requests that have not ended use it.
+        """
+        self.generation.lora.drop(uid)
 
     def explain(self, sampling_config: SamplingConfig) -> Plan:
         """The plan that a request with this config would have, made without running anything."""

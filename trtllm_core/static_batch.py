@@ -11,6 +11,7 @@ from trtllm_core.decoding.plan import PlanItem
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.loop import StepLoop
+from trtllm_core.lora import LoraManager
 from trtllm_core.plugin.kv_policy import OutOfBlocksError
 from trtllm_core.plugin.observer import RequestStats
 
@@ -22,8 +23,9 @@ class StaticBatch:
     put off: it gives its cache back and computes its text anew once another request has ended.
     """
 
-    def __init__(self, loop: StepLoop) -> None:
+    def __init__(self, loop: StepLoop, lora: LoraManager) -> None:
         self._loop = loop
+        self._lora = lora
         self._branches = loop.branches
         self._budget = loop.session.config.build.max_num_tokens
         self._running = False
@@ -41,10 +43,13 @@ class StaticBatch:
         if self._running:
             raise ConfigError("another batch is still running on this session: use up or close its stream first")
         self._running = True
-        waiting = deque(requests)
         live: list[LiveRequest] = []  # started, and their end not told yet
-        try:
+        with ExitStack() as stack:  # at the end calls all of them, whatever one raises
+            stack.callback(setattr, self, "_running", False)
+            stack.enter_context(self._lora.using(request.adapter for request in requests))
+            stack.callback(self._cancel_all, live)
             self._check(requests)
+            waiting = deque(requests)
             while waiting or live:
                 deltas = self._admit(waiting, live, started)
                 slots, counts = self._reserve(live)
@@ -56,11 +61,6 @@ class StaticBatch:
                     self._tell_end(one)
                     self._freed = True
                 yield deltas
-        finally:
-            self._running = False
-            with ExitStack() as stack:  # calls all of them, whatever one raises
-                for one in live:
-                    stack.callback(self._cancel, one)
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what cannot work before the first token of anybody."""
@@ -127,6 +127,11 @@ class StaticBatch:
                 self._freed = False
             else:
                 return slots, counts
+
+    def _cancel_all(self, live: Sequence[LiveRequest]) -> None:
+        with ExitStack() as stack:
+            for one in live:
+                stack.callback(self._cancel, one)
 
     def _cancel(self, live: LiveRequest) -> None:
         """The batch is over before this request is. One that ended in a step that failed may still hold slots."""

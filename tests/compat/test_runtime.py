@@ -367,7 +367,7 @@ def test_an_engine_directory(tiny):
     assert get_engine_version(tiny / "engine") == engine.config.core_version
     with pytest.raises(ConfigError, match="rank 1 is not one of them"):
         Engine.from_dir(tiny / "engine", 1)
-    with pytest.raises(ConfigError, match="from_dir: lora_dir is not honoured"):
+    with pytest.raises(ConfigError, match="not built for LoRA adapters"):
         ModelRunner.from_dir(tiny / "engine", ["adapter"])
     model = runner.session.config.model
     data = GenerationSession(None, engine.engine.read_bytes(), Mapping())

@@ -160,6 +160,12 @@ def test_targets(plan: Any) -> None:
         BuildConfig(lora_target_modules=("q_proj",))
 
 
+@pytest.mark.parametrize("field", ["max_lora_rank", "max_prompt_embedding_table_size"])
+def test_backends_that_take_none(field: str, checkpoint: Path, plugins: Plugins) -> None:
+    with pytest.raises(ConfigError, match=f"engines of backend 'onnxruntime' cannot have '{field}': leave it at 0"):
+        plan_engine(open_checkpoint(checkpoint), BuildConfig(backend="onnxruntime", **{field: 4}), plugins)
+
+
 @pytest.mark.parametrize("prefix", ["", "layers.0.", "model.model."])
 def test_names_may_begin_otherwise(prefix: str, plan: Any) -> None:
     """Adapters of a bare model or of a larger one around it; what could be several layers is no layer's."""

@@ -12,6 +12,7 @@ import torch
 from trtllm_core.config import EngineConfig
 from trtllm_core.decoding.choice import Choice, Outcome
 from trtllm_core.decoding.choosing import Choosers
+from trtllm_core.decoding.conditions import Conditions
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
@@ -52,6 +53,7 @@ class BranchTable:
             token_bytes,
             clock,
         )
+        self.conditions = Conditions(build.max_branches)
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
         self.choosers = Choosers(context)
@@ -151,6 +153,7 @@ class BranchTable:
         for number, slot in enumerate(live.slots):
             self.owners[slot] = live
             self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
+            self.conditions.begin(slot, request)
             if number < plan.branching.branches:
                 stream = TextStream(self._token_bytes) if request.text and self._token_bytes is not None else None
                 live.unborn.append(Branch(live, slot, number, stream=stream))
@@ -266,6 +269,7 @@ class BranchTable:
             for name, seconds in stages.end(slot).items():
                 if owner is not None:
                     owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
+        self.conditions.end(slot)
         self.slots.give(slot)
 
     def plugin_seconds(self) -> dict[str, float]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_core.config import SamplingConfig
+from trtllm_core.lora import Adapter
 from trtllm_core.plugin import LogitsProcessor, StoppingCriterion
+from trtllm_core.prompt_table import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Request:
     criteria: Sequence[StoppingCriterion] = ()
     text: bool = False
     """Whether deltas carry text. Needs an engine with a tokenizer."""
+    adapter: Adapter | None = None
+    """The LoRA adapter that it runs with."""
+    virtual: VirtualTokens | None = None
+    """What token ids beyond the vocabulary stand for in its prompt."""
     seed: int = field(init=False)
     """The seed that is used: the user's, or one drawn now."""
 
@@ -33,8 +39,14 @@ class Request:
     @property
     def reuse_key(self) -> tuple[Any, ...]:
         """All that cached keys and values depend on besides the tokens: requests share them where it is equal."""
-        salt = self.sampling.cache_salt
-        return () if salt is None else (("salt", salt),)
+        salt, parts = self.sampling.cache_salt, list[tuple[str, Any]]()
+        if salt is not None:
+            parts.append(("salt", salt))
+        if self.adapter is not None:
+            parts.append(("lora", self.adapter.serial))
+        if self.virtual is not None:
+            parts.append(("prompt_table", self.virtual.key))
+        return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True)

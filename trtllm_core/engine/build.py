@@ -16,7 +16,7 @@ from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider,
 from trtllm_core.engine.directory import holds_engine, write_config
 from trtllm_core.engine.lora import lora_layers
 from trtllm_core.engine.shards import check_weight_map, rank_weights
-from trtllm_core.errors import ConfigError
+from trtllm_core.errors import ConfigError, listing
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Backend, BuiltRank, ModelFamily, Plugins
 from trtllm_core.plugin.backend import Progress
@@ -49,6 +49,7 @@ def plan_engine(
     build = resolve_limits(build, model)
     entry = plugins.backends.get(build.backend, plugins.missing_hint("backend", build.backend))
     backend = entry.load()()
+    _check_backend(build, backend)
     layers = lora_layers(family, model, build, checkpoint) if build.max_lora_rank else {}
     config = EngineConfig(
         core_version=__version__,
@@ -62,6 +63,13 @@ def plan_engine(
         source_digest=fingerprint(checkpoint.path),
     )
     return config, family, backend
+
+
+def _check_backend(build: BuildConfig, backend: Backend) -> None:
+    wishes = {"max_lora_rank": "lora", "max_prompt_embedding_table_size": "prompt_tables"}
+    vain = [field for field, name in wishes.items() if getattr(build, field) and name not in backend.takes]
+    if vain:
+        raise ConfigError(f"engines of backend {backend.name!r} cannot have {listing(vain)}: leave it at 0")
 
 
 def build_engine(

@@ -143,6 +143,8 @@ class Backend(ABC):
     name: str
     contract: Literal["packed_paged", "padded_linear"]
     """The tensors that its engines take."""
+    takes: frozenset[str] = frozenset()
+    """What they take besides, of ``lora`` and ``prompt_tables``. A build that asks for what is not here is refused."""
 
     @abstractmethod
     def probe(self) -> Availability:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trtllm_core.config import SamplingConfig
 from trtllm_core.lora import LoraManager
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Plugins
+from trtllm_core.runner import ModelRunner
 from trtllm_core.session import Session
 from trtllm_core.testing.packed import PackedRows
+from trtllm_core.testing.reference import virtual_oracle
 
 
 class AdaptedModel:
@@ -47,11 +50,16 @@ class AdaptedModel:
         self._adapted[name] = adapted
         return self._directory / name
 
-    @torch.inference_mode()
-    def logits(self, name: str | None, ids: Sequence[int]) -> torch.Tensor:
-        """``[tokens, vocab_size]`` of a prompt, with an adapter or with none."""
-        model = self._model if name is None else self._adapted[name]
-        return model(torch.tensor([ids]), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+    def logits(self, name: str | None, ids: Sequence[int], rows: torch.Tensor | None = None) -> torch.Tensor:
+        """``[tokens, vocab_size]`` of a prompt, with an adapter or with none; see ``virtual_oracle``."""
+        return virtual_oracle(self._model if name is None else self._adapted[name], ids, rows)
+
+    def greedy(self, name: str | None, ids: Sequence[int], count: int, rows: torch.Tensor | None = None) -> list[int]:
+        """The ``count`` tokens of the largest logits that follow a prompt, by whole passes."""
+        text = list(ids)
+        for _ in range(count):
+            text.append(int(self.logits(name, text, rows)[-1].argmax()))
+        return text[len(ids) :]
 
 
 def adapted_logits(
@@ -93,3 +101,16 @@ def adapted_rank_logits(
         session = Session.from_directory(engine, parallel.rank, plugins=plugins, parallel=parallel)
         out.append(adapted_logits(session, plugins, adapters, choices, prompts, steps, parallel))
     return out
+
+
+def adapted_rank_tokens(
+    parallel: TensorParallel,
+    engine: Path,
+    adapters: Sequence[Path],
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    options: Mapping[str, Any],
+) -> list[tuple[int, ...]]:
+    """For ``trtllm_core.parallel.run_ranks``: what this rank generates; ``options`` are those of ``generate``."""
+    with ModelRunner.from_dir(engine, parallel.rank, lora_dir=adapters, parallel=parallel) as runner:
+        return [output.tokens for output in runner.generate(prompts, sampling, **options)["outputs"]]

@@ -138,8 +138,10 @@ def oracle(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def virtual_oracle(model: Any, ids: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+def virtual_oracle(model: Any, ids: Sequence[int], rows: torch.Tensor | None) -> torch.Tensor:
     """transformers' logits ``[tokens, vocab_size]`` of a prompt whose ids from ``vocab_size`` on stand for ``rows``."""
+    if rows is None:
+        return oracle(model, [ids])[0]
     tokens, first = torch.tensor([ids]), model.config.vocab_size
     embeddings = model.get_input_embeddings()(tokens.where(tokens < first, 0))
     embeddings[tokens >= first] = rows[tokens[tokens >= first] - first].to(embeddings)

@@ -28,6 +28,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     contract = "packed_paged"
+    takes = frozenset({"lora", "prompt_tables"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""

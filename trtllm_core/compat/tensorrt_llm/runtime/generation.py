@@ -30,6 +30,7 @@ from trtllm_core.generation import GenerationSession as CoreGenerationSession
 from trtllm_core.plugin import LogitsProcessor as CoreProcessor
 from trtllm_core.plugin import Plugins
 from trtllm_core.plugin import StoppingCriterion as CoreCriterion
+from trtllm_core.prompt_table import by_task
 from trtllm_core.properties import EngineProperties
 
 __all__ = [
@@ -106,6 +107,7 @@ class GenerationSession(EngineProperties):
         if model_config is not None:
             check_model_config(model_config, self)
         self._shape: tuple[int, int, int, int] | None = None
+        self._lora_uids: Sequence[str] | None = None
 
     def setup(
         self,
@@ -129,8 +131,7 @@ class GenerationSession(EngineProperties):
         refuse(
             "GenerationSession.setup",
             encoder_max_input_length=encoder_max_input_length,
-            lora_manager=lora_manager,
-            lora_uids=lora_uids,
+            lora_manager=None if lora_manager is self.core.lora else lora_manager,
             medusa_choices=medusa_choices,
         )
         build = self.config.build
@@ -143,6 +144,7 @@ class GenerationSession(EngineProperties):
             if not 1 <= asked <= most:
                 raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
         self._shape = (batch_size, max_context_length, max_new_tokens, beam_width)
+        self._lora_uids = lora_uids
         self._cache = {"max_attention_window_size": max_attention_window_size, "sink_token_length": sink_token_length}
 
     def decode(
@@ -177,9 +179,6 @@ class GenerationSession(EngineProperties):
         """
         refuse(
             "GenerationSession.decode",
-            prompt_embedding_table=prompt_embedding_table,
-            tasks=tasks,
-            prompt_vocab_size=prompt_vocab_size,
             encoder_output=encoder_output,
             encoder_input_lengths=encoder_input_lengths,
             cross_attention_mask=cross_attention_mask,
@@ -197,7 +196,17 @@ class GenerationSession(EngineProperties):
         }
         changed = copied(sampling_config)
         changed.update(**{name: value for name, value in given.items() if value is not None})
-        return self.generate(prompts, changed, streaming, stopping_criteria, logits_processor)
+        table = None if prompt_embedding_table is None else by_task(prompt_embedding_table, prompt_vocab_size)
+        return self.generate(
+            prompts,
+            changed,
+            streaming,
+            stopping_criteria,
+            logits_processor,
+            prompt_table=table,
+            prompt_tasks=None if table is None else tasks,  # classic callers pass a dummy where there is no table
+            lora_uids=self._lora_uids,
+        )
 
     def decode_batch(
         self, input_ids: Sequence[torch.Tensor], sampling_config: SamplingConfig, streaming: bool = False, **kwargs: Any
@@ -230,7 +239,7 @@ class GenerationSession(EngineProperties):
             streaming,
             [*own_criteria, *classic[1]] or None,
             [*classic[0], *own_processors] or None,
-            **({"full": True} if streaming else {}),
+            full=streaming,
             **core,
         )
         if streaming:

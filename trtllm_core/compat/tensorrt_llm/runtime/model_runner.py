@@ -39,7 +39,7 @@ class ModelRunner(EngineProperties):
         max_beam_width: int,
         lora_manager: Any = None,
     ) -> None:
-        refuse("ModelRunner", lora_manager=lora_manager)
+        refuse("ModelRunner", lora_manager=None if lora_manager is session.core.lora else lora_manager)
         self.session = session
         self.generation = session.core
         self.mapping = session.mapping
@@ -90,7 +90,7 @@ class ModelRunner(EngineProperties):
         **core: Any,
     ) -> Self:
         """As ``from_dir``, of an ``Engine``. ``core`` are arguments of trtllm-core's GenerationSession."""
-        refuse(f"{cls.__name__}.from_dir", lora_dir=lora_dir, medusa_choices=medusa_choices)
+        refuse(f"{cls.__name__}.from_dir", medusa_choices=medusa_choices)
         build = engine.config.build
         if build.tp_size > 1 and mpi_world_size() != build.tp_size:
             raise ConfigError(
@@ -112,6 +112,7 @@ class ModelRunner(EngineProperties):
             tokenizer=Tokenizer.from_dir(engine.directory) if has_tokenizer else None,
             **core,
         )
+        generation.core.lora.load_from_ckpt(lora_dir, lora_ckpt_source)
         runner = cls(generation, build.max_batch_size, build.max_input_len, build.max_seq_len, build.max_beam_width)
         runner._file = engine.engine
         return runner
@@ -142,6 +143,7 @@ class ModelRunner(EngineProperties):
         Args:
             batch_input_ids: one-dimensional integer tensors.
             sampling_config: left as it is; None takes the defaults.
+            prompt_table, prompt_tasks, lora_uids: as for trtllm-core's ``ModelRunner.generate``.
             streaming: return an iterator over the whole result as it stands after each step.
             stopping_criteria, logits_processor: classic callbacks, or plugins of ours.
             kwargs: fields of SamplingConfig, such as ``end_id`` and ``max_new_tokens``.
@@ -156,9 +158,6 @@ class ModelRunner(EngineProperties):
         """
         refuse(
             f"{type(self).__name__}.generate",
-            prompt_table=prompt_table,
-            prompt_tasks=prompt_tasks,
-            lora_uids=lora_uids,
             medusa_choices=medusa_choices,
         )
         config = SamplingConfig(None, None) if sampling_config is None else copied(sampling_config)
@@ -167,7 +166,16 @@ class ModelRunner(EngineProperties):
             raise ConfigError(f"generate() has no argument {_suggested(unknown, vars(config))}")
         prompts = [ids.reshape(-1).tolist() if isinstance(ids, torch.Tensor) else list(ids) for ids in batch_input_ids]
         self._check_inputs(prompts, config)
-        return self.session.generate(prompts, config, streaming, stopping_criteria, logits_processor)
+        return self.session.generate(
+            prompts,
+            config,
+            streaming,
+            stopping_criteria,
+            logits_processor,
+            prompt_table=prompt_table,
+            prompt_tasks=prompt_tasks,
+            lora_uids=lora_uids,
+        )
 
     def _check_inputs(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
         if not prompts:
