@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMPARE = Path(__file__).parents[1] / "benchmarks" / "compare.py"
+COMPARE = Path(__file__).with_name("compare.py")
 
 
 def test_compare() -> None:

@@ -1,6 +1,6 @@
 """llguidance beside xgrammar: what grammars cost on one thread, with a made-up vocabulary and random JSON schemas.
 
-Run it as ``python plugins/trtllm-plugin-guided/benchmarks/compare.py``. A library that is not installed is left out.
+Run it as ``python plugins/trtllm-plugin-guided/tests/compare.py``. A library that is not installed is left out.
 Times are CPU times of the thread, so that what else the machine does counts little.
 """
 
@@ -11,17 +11,12 @@ import importlib.metadata
 import json
 import random
 import statistics
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from schemas import Schema, instance, random_schema
 
 from trtllm_core.decoding.detokenizer import TokenBytes
