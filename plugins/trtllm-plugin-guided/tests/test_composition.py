@@ -1,0 +1,74 @@
+"""Guided requests beside everything else that a request may ask for: searches, several answers, stops, preemption."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import regex
+
+from trtllm_core import BuildConfig, ModelRunner, SamplingConfig, use
+from trtllm_core.testing.markov import MarkovExecutable
+from trtllm_core.testing.vocabulary import synthetic_tokenizer
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "maxLength": 8},
+        "size": {"type": "integer", "minimum": 0, "maximum": 500},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "size", "tags"],
+    "additionalProperties": False,
+}
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+CONFIG = SamplingConfig(
+    max_new_tokens=150, return_dict=True, random_seed=5, logits_processors=use("guided", json_schema=SCHEMA)
+)
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    tokenizer = synthetic_tokenizer(500)
+    build = BuildConfig(max_batch_size=8, max_beam_width=4, max_input_len=64, max_seq_len=256, tokens_per_block=8)
+    return ModelRunner.from_engine(MarkovExecutable(tokenizer.vocab_size, build=build), tokenizer=tokenizer)
+
+
+def sequences(runner: ModelRunner, config: SamplingConfig, prompt: int = 3) -> list[Any]:
+    """All sequences that one request gave."""
+    outputs = runner.generate([[prompt]], config, text=True)["outputs"]
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return list(outputs)
+
+
+@pytest.mark.parametrize("fields", [{"num_beams": 4}, {"num_beams": 3, "preset": "hf"}])
+def test_every_hypothesis_of_a_search_fits_the_schema(runner: ModelRunner, fields: dict[str, Any]) -> None:
+    found = sequences(runner, CONFIG.replace(num_return_sequences=3, repetition_penalty=1.3, **fields))
+    assert len({sequence.text for sequence in found}) == 3
+    for sequence in found:
+        assert sequence.finish_reason == "end_id"
+        VALIDATOR.validate(json.loads(sequence.text))
+
+
+def test_several_answers_fit_the_schema_each_for_itself(runner: ModelRunner) -> None:
+    found = sequences(runner, CONFIG.replace(num_return_sequences=4, top_k=0, top_p=1.0))
+    assert len({sequence.text for sequence in found}) == 4
+    for sequence in found:
+        VALIDATOR.validate(json.loads(sequence.text))
+
+
+@pytest.mark.parametrize("fields", [{"num_beams": 4}, {"num_return_sequences": 4, "top_k": 0, "top_p": 1.0}])
+def test_beams_and_answers_with_a_stop_are_cut_there(runner: ModelRunner, fields: dict[str, Any]) -> None:
+    """At a string across borders of tokens, at a pattern: what is left begins a text that would have fitted."""
+    stops = {"stop_strings": ['", "size'], "stop_regexes": [r"(?<=: )[0-9]{3}"]}
+    found = sequences(runner, CONFIG.replace(**fields, **stops))
+    reasons = {sequence.finish_reason for sequence in found}
+    assert "stop_string" in reasons
+    for sequence in found:
+        assert sequence.finish_reason in ("stop_string", "stop_regex", "end_id")
+        assert '", "size' not in sequence.text
+        assert regex.match(r'\{"name": "', sequence.text)
+        assert runner.tokenizer is not None
+        assert runner.tokenizer.decode(sequence.tokens).startswith(sequence.text)
