@@ -27,6 +27,9 @@ class GenerationOutput:
     """The seed that was used: repeat the request with it to get the same tokens."""
     text: str = ""
     log_probs: tuple[float, ...] = ()
+    """Of ``tokens``, where asked for."""
+    top_log_probs: tuple[Mapping[int, float], ...] = ()
+    """Beside each of ``tokens``, where asked for (``num_logprobs``): token to log-probability, the likeliest first."""
     error: Exception | None = None
     matched: Any = None
     """The stop string or word that ended it, where one did."""
@@ -59,6 +62,7 @@ def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
             seed=request.seed,
             text=one.text,
             log_probs=tuple(one.log_probs),
+            top_log_probs=tuple(one.top_log_probs),
             error=live.error if one.reason == "plugin_error" else None,
             matched=None if one.stop is None else one.stop.matched,
             cached_prompt_tokens=live.cached_prompt,
@@ -79,7 +83,7 @@ def check_ids_suffice(requests: Sequence[Request]) -> None:
     Raises:
         ConfigError: text, lengths or log-probabilities were asked for.
     """
-    names = ("output_log_probs", "output_cum_log_probs", "output_sequence_lengths")
+    names = ("output_log_probs", "output_cum_log_probs", "output_sequence_lengths", "num_logprobs")
     asked = {name for request in requests for name in names if getattr(request.sampling, name)}
     asked |= {"text" for request in requests if request.text}
     if asked:
@@ -136,6 +140,8 @@ def batch_result(
         "outputs": every,
     }
     numbers = [{o.sequence: (o.length, o.log_probs, o.cum_log_prob) for o in row} for row in outputs]
+    if any(r.sampling.num_logprobs for r in requests):
+        result["top_log_probs"] = [[output.top_log_probs for output in row] for row in outputs]
     return result | _asked_for(requests, batch.ids, numbers)
 
 

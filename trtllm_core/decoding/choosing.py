@@ -10,6 +10,7 @@ import torch
 from trtllm_core.decoding.choice import Choice, Outcome, Search
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.samplers import log_probs
+from trtllm_core.decoding.scoring import Likeliest, likeliest, scored
 from trtllm_core.decoding.searching import check_candidates, settle, with_searches
 from trtllm_core.decoding.stages import Stages
 from trtllm_core.decoding.stopping import Verdict
@@ -112,7 +113,7 @@ class Choosers(Stages[Decoder]):
                 log-probabilities.
             owners: the requests by slot.
         """
-        told = None if scores is None else self._log_probs(choice, scores)
+        told, beside = (None, None) if scores is None else self._log_probs(choice, scores, owners)
         if not choice.searches:
             return Outcome(
                 choice.slot,
@@ -123,11 +124,12 @@ class Choosers(Stages[Decoder]):
                 verdict,
                 told,
                 scores=verdict.scores,
+                likeliest=beside,
             )
         outcome, failed = settle(choice, verdict, told, owners)
         for stage, error in failed:
             self._fail(stage, error)
-        return outcome
+        return replace(outcome, likeliest=beside)
 
     def finalize(self, live: LiveRequest) -> tuple[Hypothesis, ...]:
         """The sequences of a request that is over, best first, as its decoder ranks them.
@@ -143,13 +145,17 @@ class Choosers(Stages[Decoder]):
         return tuple(ranked[: live.plan.branching.returns])
 
     @staticmethod
-    def _log_probs(choice: Choice, scores: torch.Tensor) -> list[list[float]]:
-        """Of the rows that belong to no search."""
+    def _log_probs(
+        choice: Choice, scores: torch.Tensor, owners: Mapping[int, LiveRequest]
+    ) -> tuple[list[list[float]], list[Likeliest]]:
+        """Of the rows that belong to no search; and the likeliest tokens beside the first of each."""
         tokens, given = choice.selection.tokens, choice.selection.log_probs
-        if choice.source is not None and given is None:
-            plain = len(choice.slots) - sum(len(search.slots) for search in choice.searches)
+        plain = len(choice.slots) - sum(len(search.slots) for search in choice.searches)
+        if choice.source is not None:
             scores, tokens = scores[choice.source[:plain, 0]], tokens[:plain]
-        return (log_probs(scores, tokens) if given is None else given).tolist()
+        samplings = [owners[slot].request.sampling for slot in choice.slots[:plain]]
+        told = scored(scores, tokens, samplings) if given is None else given
+        return told.tolist(), likeliest(scores, samplings)
 
 
 def _checked(name: str, selection: Selection, slot: torch.Tensor) -> Selection:

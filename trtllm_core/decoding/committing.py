@@ -114,6 +114,13 @@ def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
         stages.commit(rows)
 
 
+def _beside(live: LiveRequest, outcome: Outcome, row: int, tokens: list[int]) -> list[Mapping[int, float]]:
+    """The likeliest tokens beside each new one of a row, where its request wants some."""
+    if outcome.likeliest is None or row >= len(outcome.likeliest) or not live.request.sampling.num_logprobs:
+        return []
+    return [outcome.likeliest[row]][: len(tokens)]
+
+
 def _held(table: BranchTable, slot: int, stop: Stop | None) -> int:
     """Bytes at the end of a slot's text that a stream must hold back."""
     branch = table.live.get(slot)
@@ -141,11 +148,13 @@ def _tell(
             chances = outcome.log_probs[i][: len(tokens)]
         branch.generated += tokens
         branch.log_probs += chances
+        beside = _beside(live, outcome, i, tokens)
+        branch.likeliest += beside
         text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)
         if live.plan.ranked:
             ranked.append((branch, tokens, text))
         else:
-            deltas.append(append(branch, tokens, chances, text, reason))
+            deltas.append(append(branch, tokens, chances, text, reason, beside))
         if reason is not None:
             told.add(slot)
             if reason != FAILED:

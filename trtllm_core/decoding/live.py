@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trtllm_core.decoding.detokenizer import TextStream
@@ -20,6 +20,8 @@ class Branch:
     number: int
     generated: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    likeliest: list[Mapping[int, float]] = field(default_factory=list)
+    """Beside each token, where asked for: likely tokens and their log-probabilities."""
     score: float | None = None
     """What a search gives it; None where no search runs."""
     rank: float = 0.0
@@ -36,7 +38,7 @@ class Branch:
     def copy_to(self, slot: int, number: int) -> Branch:
         """The same history in another slot."""
         stream = None if self.stream is None else self.stream.fork()
-        lists = self.generated.copy(), self.log_probs.copy()
+        lists = self.generated.copy(), self.log_probs.copy(), self.likeliest.copy()
         return Branch(self.owner, slot, number, *lists, self.score, self.rank, self.text, stream)
 
     def say(self, tokens: Sequence[int], held: int) -> str:
@@ -60,7 +62,8 @@ class Branch:
         """What the branch is, as a finished sequence."""
         total = sum(self.log_probs) if self.score is None else self.score
         tokens, log_probs = tuple(self.generated), tuple(self.log_probs)
-        return Hypothesis(tokens, self.rank, reason, self.number, total, log_probs, self.text, stop)
+        beside = tuple(self.likeliest)
+        return Hypothesis(tokens, self.rank, reason, self.number, total, log_probs, self.text, stop, beside)
 
 
 @dataclass(slots=True, eq=False)

@@ -54,6 +54,9 @@ CORE_FIELDS = frozenset(
 )
 """Fields of SamplingConfig that the generation loop honours itself."""
 
+SAMPLER_FIELDS = frozenset({"num_return_sequences", "num_logprobs", "normalize_log_probs"})
+"""Fields that it honours for requests whose decoder is a sampler."""
+
 UNUSED = ((LogitsProcessor, "companions"), (Decoder, "propose"))
 """Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
 
@@ -162,7 +165,7 @@ class Planner:
         stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
         consumers = _consumers(sampling, [*chosen, decoder, *stops])
         self._check_honoured(sampling, consumers)
-        log_probs = sampling.output_log_probs or sampling.output_cum_log_probs
+        log_probs = sampling.output_log_probs or sampling.output_cum_log_probs or sampling.num_logprobs > 0
         looks = any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
         idle = _idle(sampling, decoder, chosen, log_probs, looks)
         chosen = [item for item in chosen if item.key not in idle]
@@ -381,8 +384,8 @@ def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str,
     """Who honours each field that was set or that a plugin of the plan reads."""
     consumers: dict[str, tuple[str, ...]] = dict.fromkeys(sampling.asked() & CORE_FIELDS, ("core",))
     for item in items:
-        if isinstance(item.plugin, Sampler) and "num_return_sequences" in sampling.asked():
-            consumers["num_return_sequences"] = ("core",)
+        if isinstance(item.plugin, Sampler):
+            consumers |= dict.fromkeys(sampling.asked() & SAMPLER_FIELDS, ("core",))
         for name in item.consumes:
             consumers[name] = (*consumers.get(name, ()), item.name)
     return consumers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,3 +71,5 @@ class Delta:
     stable prefix), and ``tokens`` follow them."""
     keep_text: int = 0
     """With ``keep``: how many characters of its text stay, before ``text``."""
+    top_log_probs: tuple[Mapping[int, float], ...] = ()
+    """Beside each of ``tokens``, where asked for (``num_logprobs``): token to log-probability, the likeliest first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -11,11 +11,28 @@ from trtllm_core.decoding.request import Delta
 from trtllm_core.plugin import Hypothesis, Stop
 
 
-def append(branch: Branch, tokens: Sequence[int], chances: Sequence[float], text: str, reason: str | None) -> Delta:
-    """What a branch told that goes on by itself. ``chances`` are its new log-probabilities."""
+def append(
+    branch: Branch,
+    tokens: Sequence[int],
+    chances: Sequence[float],
+    text: str,
+    reason: str | None,
+    beside: Sequence[Mapping[int, float]] = (),
+) -> Delta:
+    """What a branch told that goes on by itself. ``chances`` are its new log-probabilities, ``beside`` those of the
+    likeliest tokens at its new ones."""
     live = branch.owner
     error = live.error if reason == "plugin_error" else None
-    return Delta(live.request.request_id, tuple(tokens), text, reason, tuple(chances), error, branch.number)
+    return Delta(
+        live.request.request_id,
+        tuple(tokens),
+        text,
+        reason,
+        tuple(chances),
+        error,
+        branch.number,
+        top_log_probs=tuple(beside),
+    )
 
 
 def show(branch: Branch, tokens: Sequence[int], text: str) -> Delta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -115,6 +115,8 @@ class Hypothesis:
     """Where the request asked for text."""
     stop: Stop | None = None
     """What ended it; None where the request ended around it."""
+    top_log_probs: Sequence[Mapping[int, float]] = field(default=())
+    """Where asked for, beside each token the likeliest ones and their log-probabilities."""
 
     @property
     def length(self) -> int:
