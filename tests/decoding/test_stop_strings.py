@@ -79,6 +79,39 @@ def test_against_a_search_in_the_whole_text(new_floor, strings, steps):
     assert shown == text.decode("utf-8", "replace")
 
 
+@given(
+    st.lists(st.sampled_from([b"a", b"b", b"\xc3", b"\xa9", b"\xf0\x9f\x98", b"\x80", "é".encode()]), max_size=14),
+    st.lists(st.integers(1, 5), min_size=14, max_size=14),
+    st.lists(st.text("abé😀", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_cut_of_any_bytes_is_the_same_however_they_come(new_floor, parts, sizes, strings):
+    data = b"".join(parts)
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(data[at : at + size])
+        at += size
+    pieces.append(data[at:])
+    text = TokenBytes(pieces)
+    criterion, state = started(new_floor, strings, text)
+    stream, shown, stop = TextStream(text), "", None
+    for token in range(len(pieces)):
+        stop = criterion.check(state, [], [token])
+        if stop is not None:
+            shown += stream.finish([token], stop.trim_text)
+            break
+        state = criterion.accept(state, [token])
+        shown += stream.push([token], criterion.pending_text(state))
+    else:
+        shown += stream.finish()
+    needles = [string.encode() for string in strings]
+    ends = [(data.find(n) + len(n), data.find(n)) for n in needles if n in data]
+    assert stream.data == (data[: min(ends)[1]] if ends else data)
+    assert shown == stream.data.decode("utf-8", "replace")
+    assert not any(n in stream.data for n in needles)
+    assert (stop is None) == (not ends)
+
+
 def test_copy_and_take_back(new_floor):
     criterion, state = started(new_floor, ["abc"])
     state = criterion.accept(state, [0, 1])

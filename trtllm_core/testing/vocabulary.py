@@ -31,6 +31,8 @@ def byte_tokenizer(pieces: Sequence[str] = (), end: str = END) -> Tokenizer:
     """A tokenizer whose ids 0 to 255 are the bytes, 256 the special token ``end``, and the rest ``pieces``."""
     vocab = {_written(bytes([byte])): byte for byte in range(256)} | {end: 256}
     vocab |= {_written(piece.encode()): 257 + i for i, piece in enumerate(pieces)}
+    if len(vocab) != 257 + len(pieces):
+        raise ValueError("pieces are of two bytes and more, and no two of them alike")
     backend = Backend(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
