@@ -21,6 +21,8 @@ _UNFIT = (
     (re.compile(r"\(\?[a-zA-Z0-9]*x"), "has comments of its own: write it without (?x)"),
     (re.compile(r"\{[\d\s<=+,]*[eids][\d\s<=+,:}]"), "matches approximately"),
 )
+_AHEAD = ("$", "(?=", "(?!", "(?>", "(?(", "(?R", "(?&", "(?P>", *(f"(?{digit}" for digit in range(10)))
+_AHEAD += (r"\b", r"\B", r"\m", r"\M", r"\Z", r"\z", r"\X", r"\R")
 _TOKEN = re.compile(r"\\.|\(\?#[^)]*\)|\[|\(\?>|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL)
 _CLASS = re.compile(r"\\.|\[:\^?\w+:\]|\[|\]|.", re.DOTALL)
 
@@ -33,11 +35,14 @@ class GrowingPattern:
         pattern: as the user wrote it.
         exact: what it means (a ``regex.Pattern``).
         finder: begins to match where ``exact`` does, and its partial matches can be relied on.
+        steady: what matched a text still matches when more text comes, so that a text without a match has no beginning
+            with one.
     """
 
     pattern: str
     exact: Any
     finder: Any
+    steady: bool
 
     def search(self, text: str, begin: int, end: int, timeout: float) -> tuple[int, Any]:
         """Search the first ``end`` characters of ``text``, of which a match can begin at ``begin`` at the earliest.
@@ -80,7 +85,7 @@ def growing_pattern(pattern: str) -> GrowingPattern:
         raise ValueError(f"{pattern!r} searches backwards, where the text has no end yet")
     if exact.search("") is not None:
         raise ValueError(f"{pattern!r} matches the empty text and would stop at once")
-    return GrowingPattern(pattern, exact, finder)
+    return GrowingPattern(pattern, exact, finder, _is_steady(pattern))
 
 
 def _unfit(pattern: str) -> str | None:
@@ -95,6 +100,14 @@ def _unfit(pattern: str) -> str | None:
     ):
         return "has lazy and possessive repeats: use one kind"
     return None
+
+
+def _is_steady(pattern: str) -> bool:
+    """Whether nothing in a pattern looks at what follows, or gives no way back. In doubt it is not."""
+    parts = [token for token, in_class in _tokens(pattern) if not in_class]
+    plain = "".join(part if part[0] != "\\" else part if part in _AHEAD else "" for part in parts)
+    possessive = any(len(part) > 1 and part[-1] == "+" and part[0] != "\\" for part in parts)
+    return not possessive and not any(sign in plain for sign in _AHEAD)
 
 
 def _reliable(pattern: str) -> str:

@@ -36,6 +36,8 @@ class _State:
     """All complete characters. What is no UTF-8 is there byte by byte, as lone surrogates."""
     marks: list[_Mark]
     """One for each token, and one for the beginning."""
+    steady: bool
+    """Whether a text without a match has no beginning with one, so that one search of it is enough."""
 
 
 class StopRegexes(HostStoppingCriterion):
@@ -57,7 +59,8 @@ class StopRegexes(HostStoppingCriterion):
         if self._bytes is None:
             raise ConfigError("stop_regexes needs text, but the engine has no tokenizer: use stop_words_list")
         patterns = tuple(growing_pattern(pattern) for pattern in view.sampling.stop_regexes)
-        return _State(patterns, "", [_Mark(0, b"", (0,) * len(patterns))])
+        steady = all(pattern.steady for pattern in patterns)
+        return _State(patterns, "", [_Mark(0, b"", (0,) * len(patterns))], steady)
 
     def check(self, state: _State, tokens: Sequence[int], new: Sequence[int]) -> Stop | None:
         text, mark = state.text, state.marks[-1]
@@ -65,8 +68,11 @@ class StopRegexes(HostStoppingCriterion):
             known = mark.length
             added, rest = _complete(mark.rest + self._bytes([token]))
             text += added
-            begins = mark.begins
-            for end in range(known + 1, len(text) + 1):
+            begins, ends = mark.begins, range(known + 1, len(text) + 1)
+            if added and state.steady:
+                begins, match = _search(state.patterns, text, mark.begins, len(text))
+                begins, ends = (begins, range(0)) if match is None else (mark.begins, ends)
+            for end in ends:
                 begins, match = _search(state.patterns, text, begins, end)
                 if match is not None:
                     begin = match.start()
@@ -89,7 +95,7 @@ class StopRegexes(HostStoppingCriterion):
         return _size(state.text[begin:]) + len(mark.rest) if begin < mark.length else 0
 
     def copy(self, state: _State) -> _State:
-        return _State(state.patterns, state.text, state.marks.copy())
+        return _State(state.patterns, state.text, state.marks.copy(), state.steady)
 
     def take_back(self, state: _State, n: int) -> _State:
         del state.marks[len(state.marks) - n :]
