@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine
+from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop
 from trtllm_core.testing.checkpoints import write_llama
 
@@ -47,6 +47,14 @@ def runners(tmp_path_factory) -> list[ModelRunner]:
         {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2, "min_length": 5},
         {"no_repeat_ngram_size": 2, "bad_words_list": [[7], [3, 3]], "embedding_bias": {9: 2.5}},
         {"stop_words_list": [[5], [8, 9]], "end_id": (4, 40)},
+        {
+            "max_time": 1e6,
+            "stopping_criteria": (
+                use("repetition", max_size=4, count=2),
+                use("confidence", above=0.5, steps=2),
+            ),
+        },
+        {"stopping_criteria": use("confidence", measure="entropy", below=2.5, steps=2)},
     ],
 )
 def test_tokens_on_the_gpu_equal_those_on_the_cpu(runners, fields):
