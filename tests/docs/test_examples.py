@@ -205,3 +205,18 @@ def test_other_processors(capsys: pytest.CaptureFixture[str]) -> None:
         found = [int(token) for token in tokens.strip("()").split(", ")]
         assert len(found) == len(set(found)) == length
         assert all(token % 2 == 0 for token in found)
+
+
+def test_many_ways() -> None:
+    """Requests of two presets and three dialects in one batch, as ``docs/sampling.md`` shows them."""
+    made = runpy.run_path(str(EXAMPLES / "many_ways.py"))
+    outputs, configs = made["result"]["outputs"], made["configs"]
+    assert [len(one.tokens) for one in outputs] == [3, 4, 5, 6]
+    assert [config.preset for config in configs] == ["hf", "hf", "trtllm", "trtllm"]
+    assert [made["runner"].explain(config).decoder.name for config in configs] == [
+        "multinomial",
+        "multinomial",
+        "top_k_top_p",
+        "mirostat",
+    ]
+    assert [len(beside) for beside in outputs[0].top_log_probs] == [2, 2, 2]

@@ -29,6 +29,7 @@ PAGES = (
     "docs/lifecycle.md",
     "docs/kv-cache.md",
     "docs/numbers.md",
+    "docs/sampling.md",
     "docs/stopping.md",
     "docs/migration.md",
 )
