@@ -56,6 +56,10 @@ class LinearExecutable(Executable):
         self._caches = torch.zeros(shape, dtype=getattr(torch, model.dtype), device=self.device)
         return self._caches.nbytes
 
+    def scramble(self) -> None:
+        """Fill the caches with noise, which must not matter: what a row sees it has written."""
+        self._allocated().normal_(std=3.0)
+
     def edit_kv(self, edits: Edits) -> None:
         """See ``Executable``: a block is a row, so what is copied are whole rows."""
         if edits.copies:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 
-from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
-from trtllm_core.config import EngineConfig
-from trtllm_core.engine.weights import Weights, places, write_weights
+from trtllm_core.backends.linear.limits import check_limits
+from trtllm_core.config import Config, EngineConfig
 from trtllm_core.errors import ConfigError, EngineUnsupportedError, listing
-from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
 from trtllm_core.plugin.backend import Progress
 
 if TYPE_CHECKING:
     from trtllm_core.backends.onnxruntime.executable import OnnxRuntimeExecutable
+
+
+class OnnxRuntimeOptions(Config):
+    """``BuildConfig.options``."""
+
+    verify: bool = Field(default=False, description="hold the graph against the torch backend, and record the errors")
 
 
 class OnnxRuntimeBackend(Backend):
@@ -50,18 +54,18 @@ class OnnxRuntimeBackend(Backend):
             ConfigError: the build asks for what this backend does not do.
             CheckpointError: the weights do not make up the family's module.
         """
-        from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
+        from trtllm_core.backends.linear.export import GraphOptions
+        from trtllm_core.backends.linear.judge import graph_errors
+        from trtllm_core.backends.linear.writing import write_weights_and_graph
 
-        _check_build(config)
-        dtype, device = getattr(torch, config.model.dtype), torch.device("cpu")
-        module = meta_module(config, family, TensorParallel())
+        options = _check_build(config)
         file = directory / f"rank{rank}.safetensors"
-        write_weights(file, parameter_shapes(module), dtype, weights, {"engine": config.model_dump_json()})
-        fill(module, config, Weights(file, device).tensors, device)
-        path = file.with_suffix(".onnx")
-        options = GraphOptions(dialect="onnx", attention="mask", bounded=True)
-        write_graph(export_module(module, config, options, file.name, places(file)), path)
-        return BuiltRank(path, (file,), {"onnxruntime": version("onnxruntime"), "onnx": version("onnx")})
+        form = GraphOptions(dialect="onnx", attention="mask", bounded=True)
+        path, _ = write_weights_and_graph(config, family, weights, file, form)
+        record: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "onnx": version("onnx")}
+        if options.verify:
+            record["verified"] = graph_errors(path, file, config, family)
+        return BuiltRank(path, (file,), record)
 
     def load(
         self,
@@ -88,16 +92,8 @@ class OnnxRuntimeBackend(Backend):
         return OnnxRuntimeExecutable(config, source, threads)
 
 
-def _check_build(config: EngineConfig) -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"building needs {listing(missing)}: pip install trtllm-core[onnxruntime]")
-    if config.build.tp_size != 1:
-        raise ConfigError("the onnxruntime backend runs on one rank: leave tp_size at 1")
+def _check_build(config: EngineConfig) -> OnnxRuntimeOptions:
+    check_limits(config, ("onnx", "onnxscript", "onnxruntime"), "pip install trtllm-core[onnxruntime]")
     if config.model.dtype == "bfloat16":
         raise ConfigError("ONNX Runtime has no bfloat16 on the CPU: build with dtype float32 or float16")
-    if config.kv_dtype != config.model.dtype:
-        raise ConfigError(
-            f"the onnxruntime backend keeps keys and values in the engine's dtype, {config.model.dtype}: "
-            "leave kv_dtype out"
-        )
+    return OnnxRuntimeOptions(**config.build.options)

@@ -21,10 +21,19 @@ ENTRIES_STEP = 64
 class OnnxRuntimeExecutable(LinearExecutable):
     """Runs a graph of the padded, linear contract over caches in place: past and present are one buffer."""
 
-    def __init__(self, config: EngineConfig, path: Path, threads: int | None = None, accuracy_level: int = 0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        path: Path,
+        threads: int | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(config, torch.device("cpu"), ("float32", "float16"))
-        self._session = open_session(path, threads, accuracy_level)
-        self._bounded = any(one.name == "cache_entries" for one in self._session.get_inputs())
+        self._session = open_session(path, threads)
+        names = {one.name for one in self._session.get_inputs()}
+        self._bounded = "cache_entries" in names
+        self._weights = {name: tensor for name, tensor in (weights or {}).items() if name in names}
+        """Of graphs that take weights as inputs."""
         self._entries = torch.arange(config.build.max_seq_len)
 
     def launch(
@@ -37,7 +46,7 @@ class OnnxRuntimeExecutable(LinearExecutable):
     ) -> None:
         """See ``LinearExecutable``."""
         binding = self._session.io_binding()
-        for name, tensor in inputs.items():
+        for name, tensor in (*self._weights.items(), *inputs.items()):
             _bind(binding.bind_input, name, tensor)
         if self._bounded:
             _bind(binding.bind_input, "cache_entries", self._entries[: -(-longest // ENTRIES_STEP) * ENTRIES_STEP])

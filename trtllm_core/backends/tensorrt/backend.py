@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trtllm_core.backends.linear.context import AttentionKind, kind_for
-from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.linear.limits import check_limits
 from trtllm_core.backends.tensorrt.executable import TensorRTExecutable
 from trtllm_core.backends.tensorrt.library import INSTALL, installed, load_library
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import EngineConfig
-from trtllm_core.engine.weights import Weights, map_file, places, write_weights
+from trtllm_core.engine.weights import Weights, map_file
 from trtllm_core.errors import ConfigError, EngineUnsupportedError, EngineVersionError, listing
 from trtllm_core.nn import Attention
-from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
 from trtllm_core.plugin.backend import Progress
+
+if TYPE_CHECKING:
+    from trtllm_core.backends.linear.export import GraphOptions
 
 HEAD_SIZES = (8, 512)
 """Smallest and largest head that attention is built for; it is a multiple of 8."""
@@ -56,31 +58,27 @@ class TensorRTBackend(Backend):
             EngineUnsupportedError: TensorRT is not installed, or cannot build this model; or it would build it wrong.
             CheckpointError: the weights do not make up the family's module.
         """
-        from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
+        from trtllm_core.backends.linear.export import GraphOptions
+        from trtllm_core.backends.linear.writing import write_weights_and_graph
         from trtllm_core.backends.tensorrt.build import build_plan
 
         options = TensorRTOptions(**config.build.options)
-        _check_build(config)
+        check_limits(config, ("onnx", "onnxscript"), INSTALL["tensorrt_rtx"])
         trt = load_library(options.module)
-        device = torch.device("cpu")
-        module = meta_module(config, family, TensorParallel())
-        _check_heads(module)
-        file = directory / f"rank{rank}.safetensors"
-        write_weights(file, parameter_shapes(module), getattr(torch, config.model.dtype), weights, {})
-        fill(module, config, Weights(file, device).tensors, device)
-        kind: AttentionKind = kind_for(module, options.attention)
-        graph = file.with_suffix(".onnx")
         as_inputs = options.weights == "inputs"
-        form = GraphOptions(dialect="tensorrt", attention=kind, weights_as_inputs=as_inputs)
-        write_graph(export_module(module, config, form, file.name, places(file)), graph)
+        form = GraphOptions("tensorrt", options.attention, weights_as_inputs=as_inputs)
+        file = directory / f"rank{rank}.safetensors"
+        graph, kind = write_weights_and_graph(config, family, weights, file, form, _check_attention)
+        record: dict[str, Any] = {"module": trt.__name__, "version": trt.__version__, "attention": kind}
         plan = build_plan(trt, graph, config, options, kind, progress)
+        if options.verify:
+            record["verified"] = _verified(graph, file, config, family, replace(form, attention=kind))
         path = file.with_suffix(".engine")
         with path.open("wb") as out:
             out.write(plan)
         graph.unlink()
         if not as_inputs:
             file.unlink()
-        record = {"module": trt.__name__, "version": trt.__version__, "attention": kind}
         return BuiltRank(path, (file,) if as_inputs else (), record)
 
     def load(
@@ -147,17 +145,26 @@ def check_version(config: EngineConfig, running: str) -> None:
         )
 
 
-def _check_build(config: EngineConfig) -> None:
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"building needs {listing(missing)}: {INSTALL['tensorrt_rtx']}")
-    if config.build.tp_size != 1:
-        raise ConfigError("the tensorrt backend runs on one rank: leave tp_size at 1")
-    if config.kv_dtype != config.model.dtype:
-        raise ConfigError(f"TensorRT engines keep keys and values in their dtype, {config.model.dtype}: drop kv_dtype")
+def _verified(
+    graph: Path, weights: Path, config: EngineConfig, family: ModelFamily, form: GraphOptions
+) -> dict[str, Any]:
+    """What the graph's bytes compute, against the torch backend.
+
+    ONNX Runtime has no bfloat16 on the CPU: there the graph's float32 twin, of the same weights, stands for it.
+    """
+    from trtllm_core.backends.linear.judge import graph_errors
+    from trtllm_core.backends.linear.writing import write_weights_and_graph
+
+    if config.model.dtype != "bfloat16":
+        return graph_errors(graph, weights, config, family)
+    with tempfile.TemporaryDirectory(dir=graph.parent) as place:
+        twin = config.replace(model=config.model.replace(dtype="float32"))
+        file, tensors = Path(place) / weights.name, Weights(weights, torch.device("cpu")).tensors
+        path, _ = write_weights_and_graph(twin, family, tensors.items(), file, form)
+        return {**graph_errors(path, file, twin, family), "twin_of": "bfloat16"}
 
 
-def _check_heads(module: torch.nn.Module) -> None:
+def _check_attention(module: torch.nn.Module) -> None:
     least, most = HEAD_SIZES
     for layer in module.modules():
         if not isinstance(layer, Attention):

@@ -25,6 +25,7 @@ class TensorRTOptions(Config):
         default="constants", description="inputs: one small engine for every checkpoint of a shape"
     )
     weight_streaming: bool = False
+    verify: bool = Field(default=False, description="hold the graph against the torch backend, and record the errors")
     compute_capabilities: tuple[str, ...] = Field(
         default=(), description="GPUs to build for, such as 8.9 and 12.0; none: the module's default"
     )

@@ -177,3 +177,10 @@ def test_limits_of_the_build(checkpoint: Path, tmp_path: Path, plugins: Plugins)
         build = BuildConfig(**{**LIMITS.model_dump(exclude_unset=True), "backend": "onnxruntime", **changes})
         with pytest.raises(ConfigError, match=message):
             build_engine(checkpoint, tmp_path / "engine", build, plugins=plugins)
+
+
+def test_verify_holds_the_graph_against_the_torch_backend(checkpoint: Path, tmp_path: Path, plugins: Plugins) -> None:
+    build = LIMITS.replace(dtype="float32", backend="onnxruntime", options={"verify": True})
+    found = build_engine(checkpoint, tmp_path / "engine", build, plugins=plugins).record["verified"]
+    assert found["dtype"] == "float32"
+    assert 0 < found["largest_error"] < 1e-5 * found["largest_logit"]

@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
-import torch
 
-from trtllm_core.backends.linear.context import AttentionKind, kind_for
-from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
-from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.linear.context import AttentionKind
+from trtllm_core.backends.linear.export import GraphOptions
+from trtllm_core.backends.linear.writing import write_weights_and_graph
 from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, EngineConfig
 from trtllm_core.engine.build import plan_engine
 from trtllm_core.engine.shards import check_weight_map, rank_weights
-from trtllm_core.engine.weights import Weights, places, write_weights
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Plugins
 from trtllm_core.testing.checkpoints import write_llama
 
-CPU = torch.device("cpu")
 LIMITS = BuildConfig(max_batch_size=4, max_input_len=48, max_seq_len=64, max_num_tokens=192)
 
 
@@ -50,16 +48,11 @@ def make_graph(tmp_path_factory: pytest.TempPathFactory) -> MakeGraph:
             directory = tmp_path_factory.mktemp("graph")
             source = open_checkpoint(checkpoint or write_llama(directory / "hf"))
             config, family, _ = plan_engine(source, LIMITS.replace(dtype=dtype, backend="tensorrt"), plugins)
-            module = meta_module(config, family, TensorParallel())
             weights = check_weight_map(family, config.model, source)
-            file = directory / "rank0.safetensors"
             parts = rank_weights(weights, config.model, source, TensorParallel())
-            write_weights(file, parameter_shapes(module), getattr(torch, dtype), parts, {})
-            fill(module, config, Weights(file, CPU).tensors, CPU)
-            found = kind_for(module, kind)
-            proto = export_module(module, config, GraphOptions("tensorrt", found, False), file.name, places(file))
-            path = file.with_suffix(".onnx")
-            write_graph(proto, path)
+            file, form = directory / "rank0.safetensors", GraphOptions("tensorrt", kind)
+            path, found = write_weights_and_graph(config, family, parts, file, form)
+            proto = onnx.load(path, load_external_data=False)
             made[key] = Graph(config, found, proto, path)
         return made[key]
 
