@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
+from trtllm_core.compat.given import GivenLogits
 from trtllm_core.compat.tensorrt_llm.gone import refuse
 from trtllm_core.compat.tensorrt_llm.runtime.words import to_word_list_format
-from trtllm_core.config import BuildConfig, EngineConfig, KVCacheConfig, ModelConfig, Provider, WorldConfig
+from trtllm_core.config import BuildConfig, KVCacheConfig, WorldConfig
 from trtllm_core.config import SamplingConfig as CoreConfig
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.request import Request
 from trtllm_core.decoding.words import from_word_list_format
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.generation import GenerationSession
-from trtllm_core.plugin import Capabilities, Executable, Plugins, TensorSpec
-from trtllm_core.plugin.kv_policy import Edits, KVPlan
+from trtllm_core.plugin import Plugins
 from trtllm_core.session import Session
-from trtllm_core.version import __version__
 
 __all__ = [
     "DataType",
@@ -105,6 +104,8 @@ class DecodingOutput:
     """int32 ``[batch, beams]``: tokens of prompt and text, without an end token."""
     new_tokens: torch.Tensor = field(init=False)
     """int32 ``[batch, beams]``: what the last step chose."""
+    parent_ids: torch.Tensor = field(init=False)
+    """int32 ``[batch, beams]``: the beam that each one continues, whose cache it goes on with."""
     finished: torch.Tensor = field(init=False)
     """bool ``[batch, beams]``."""
     log_probs: torch.Tensor = field(init=False)
@@ -113,7 +114,7 @@ class DecodingOutput:
     """float32 ``[batch, beams]``."""
 
     def __post_init__(self) -> None:
-        self.new_tokens = torch.zeros_like(self.lengths)
+        self.new_tokens, self.parent_ids = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         self.finished = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.log_probs = torch.zeros(self.ids.shape, device=self.ids.device)
         self.cum_log_probs = torch.zeros(self.lengths.shape, device=self.ids.device)
@@ -122,52 +123,6 @@ class DecodingOutput:
     def finished_sum(self) -> int:
         """Sequences that are finished."""
         return int(self.finished.sum())
-
-
-class _Given(Executable):
-    """An engine that computes nothing: its logits are what it was given."""
-
-    def __init__(self, vocab_size: int, build: BuildConfig, device: torch.device) -> None:
-        nobody = Provider(name="given", distribution="trtllm-core", version=__version__)
-        model = ModelConfig(
-            family="given",
-            architecture="given",
-            vocab_size=vocab_size,
-            hidden_size=1,
-            num_layers=1,
-            num_heads=1,
-            num_kv_heads=1,
-            head_size=1,
-            max_position_embeddings=build.max_seq_len,
-        )
-        self.config = EngineConfig(
-            core_version=__version__,
-            family=nobody,
-            backend=nobody,
-            contract="packed_paged",
-            model=model,
-            build=build,
-        )
-        self.device = device
-        self.capabilities = Capabilities(contract="packed_paged", dtypes=("float32",), batch_invariant=True)
-        self.tensors: tuple[TensorSpec, ...] = ()
-        self.logits: torch.Tensor
-        """float32 ``[rows, vocab_size]``, in the order of the step's rows."""
-
-    def allocate_kv(self, plan: KVPlan) -> int:
-        """See ``Executable``: there is no cache."""
-        return 0
-
-    def edit_kv(self, edits: Edits) -> None:
-        """See ``Executable``."""
-
-    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
-        """See ``Executable``."""
-        outputs["logits"].copy_(self.logits)
-
-    def weight_bytes(self) -> int:
-        """See ``Executable``."""
-        return 0
 
 
 class GptDecoder:
@@ -206,7 +161,7 @@ class GptDecoder:
             max_num_tokens=max_batch_size * max_sequence_length,
         )
         self.vocab_size, self.vocab_size_padded = vocab_size, vocab_size_padded
-        self._engine = _Given(vocab_size, build, torch.device(device))
+        self._engine = GivenLogits(vocab_size, build, torch.device(device))
         session = Session.from_engine(self._engine)
         self._loop = GenerationSession(None, session, plugins=plugins, kv_cache=KVCacheConfig()).loop
         self._config: SamplingConfig | None = None
@@ -237,6 +192,8 @@ class GptDecoder:
     def forward(self, output: DecodingOutput, inputs: DecodingInput) -> bool:
         """Choose the next token of each sequence that is not finished, and write it. Returns whether all are.
 
+        While a request searches, its rows are its beams; once it is over, the sequences that it returns, best first.
+
         Raises:
             ConfigError: ``setup`` was not called; a tensor of another shape; or a field that nothing honours.
             PluginError: what a plugin raised.
@@ -246,7 +203,12 @@ class GptDecoder:
             raise ConfigError(f"logits {list(shape)} are not [{self._batch}, beams, {self.vocab_size_padded}]")
         if not self._live:
             self._begin(self._requests(config, output, inputs))
-        running = [branch for live in self._live if not live.over for branch in live.running]
+        before = {
+            live: {tuple(branch.generated): branch.number for branch in live.running}
+            for live in self._live
+            if not live.over
+        }
+        running = [branch for live in before for branch in live.running]
         if running:
             rows = torch.tensor([int(branch.request.request_id) for branch in running], device=inputs.logits.device)
             beams = torch.tensor([branch.number if branch.generated else 0 for branch in running], device=rows.device)
@@ -255,7 +217,8 @@ class GptDecoder:
             known, cached = self._loop.branches.slots.lengths, self._loop.cache.cached
             self._loop.step(slots, [int(known[slot] - cached[slot]) for slot in slots])
         for row, live in enumerate(self._live):
-            _write(output, row, live)
+            if live in before:
+                _write(output, row, live, before[live])
         return all(live.over for live in self._live)
 
     def _begin(self, requests: Sequence[Request]) -> None:
@@ -297,16 +260,21 @@ class GptDecoder:
         return out
 
 
-def _write(output: DecodingOutput, row: int, live: LiveRequest) -> None:
-    """What a request has so far, into its row."""
+def _write(output: DecodingOutput, row: int, live: LiveRequest, before: Mapping[tuple[int, ...], int]) -> None:
+    """What a request has so far, into its row: its beams while they run, what it returns once it is over.
+
+    ``before`` says which beam had generated which tokens before the step.
+    """
     if live.error is not None:
         raise live.error
+    shown = live.standing() if live.over else {branch.number: branch.hypothesis("") for branch in live.running}
     start = len(live.request.prompt)
-    for beam, one in live.standing().items():
+    for beam, one in shown.items():
         end = start + len(one.tokens)
-        output.ids[row, beam, start:end] = torch.tensor(one.tokens, dtype=torch.int32)
+        output.ids[row, beam, :end] = torch.tensor([*live.request.prompt, *one.tokens], dtype=torch.int32)
         output.lengths[row, beam] = start + one.length
         output.new_tokens[row, beam] = one.tokens[-1] if one.tokens else 0
-        output.finished[row, beam] = live.over or bool(one.reason)
+        output.parent_ids[row, beam] = before.get(tuple(one.tokens[:-1]), 0)
+        output.finished[row, beam] = live.over
         output.log_probs[row, beam, start : start + len(one.log_probs)] = torch.tensor(one.log_probs)
         output.cum_log_probs[row, beam] = one.cum_log_prob
