@@ -36,7 +36,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_there_is_one_for_each_kind_of_hook() -> None:
-    assert {scaffold.kind for scaffold in SCAFFOLDS.values()} == set(HOOK_VERSIONS) - {"kv_policy"}
+    assert {scaffold.kind for scaffold in SCAFFOLDS.values()} == set(HOOK_VERSIONS)
 
 
 @each

@@ -163,6 +163,11 @@ class TakesAnything(Quota):
         most: int = 3
 
 
+class NeedsParams(Quota):
+    class Params(BaseModel, extra="forbid"):
+        most: int
+
+
 class Never(Quota):
     def check(self, batch):
         return torch.full_like(batch.slot, -1)

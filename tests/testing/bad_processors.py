@@ -239,6 +239,11 @@ class TakesAnything(Counting):
         weight: float = 0.5
 
 
+class NeedsParams(Counting):
+    class Params(BaseModel, extra="forbid"):
+        weight: float
+
+
 class RaisesItsOwn(TakesAnything):
     """It refuses, but not by an error that is told as the user's."""
 

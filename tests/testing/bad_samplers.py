@@ -193,6 +193,11 @@ class TakesAnything(Cooling):
         rate: float = 0.3
 
 
+class NeedsParams(Cooling):
+    class Params(BaseModel, extra="forbid"):
+        rate: float
+
+
 class ForgetsTheEnd(Cooling):
     def end(self, slot):
         self.over = True

@@ -32,6 +32,7 @@ EACH = [
     (bad.Branches, "test_shapes_are_fixed", "two steps ran different operations"),
     (bad.NewKey, "test_graph_key", "its graph_key changed"),
     (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'most': 0}"),
+    (bad.NeedsParams, "test_it_can_be_asked_for", "give other `params` or `sampling`"),
     (bad.HoldsTooMuch, "test_text_that_is_held_back", "pending_text holds 1000 bytes back"),
     (bad.Joins(), "test_who_does_not_ask_pays_nothing", "it joins requests that did not ask for it"),
     (bad.ForgetsTheEnd, "test_generation", "it was over"),

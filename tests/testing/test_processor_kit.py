@@ -38,6 +38,7 @@ EACH = [
     (bad.KeyIsAList, "test_graph_key", "not hashable"),
     (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'weight': -1.0}"),
     (bad.RaisesItsOwn, "test_wrong_parameters_are_refused", "RuntimeError: weight"),
+    (bad.NeedsParams, "test_it_can_be_asked_for", "give other `params` or `sampling`"),
     (bad.NoPhase, "test_declarations", "its phase is 'penalty!'"),
     (bad.OrderIsText, "test_declarations", "its after is 'penalties'"),
     (bad.HostTakesNothingBack, "test_declarations", "write take_back"),
@@ -68,6 +69,12 @@ def test_what_is_sound_passes(plugin: Any, examine: Any) -> None:
     results = examine(LogitsProcessorConformance, plugin, **attributes)
     assert [result for result in results.values() if result.status == "failed"] == []
     assert results["test_it_does_something"].status == "passed"
+
+
+def test_what_cannot_be_asked_for_is_not_examined(examine: Any) -> None:
+    results = examine(LogitsProcessorConformance, bad.NeedsParams)
+    assert [name for name, result in results.items() if result.status == "failed"] == ["test_it_can_be_asked_for"]
+    assert "weight" in results["test_rewinds"].why
 
 
 def test_a_plugin_that_never_acts_is_told_so(examine: Any) -> None:

@@ -26,6 +26,7 @@ EACH = [
     (bad.NewKey, "test_graph_key", "its graph_key changed"),
     (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'rate': -1.0}"),
     (bad.Joins(), "test_who_does_not_ask_pays_nothing", "it joins requests that did not ask for it"),
+    (bad.NeedsParams, "test_it_can_be_asked_for", "give other `params` or `sampling`"),
     (bad.ForgetsTheEnd, "test_generation", "it was over"),
     (bad.NoCapabilities, "test_declarations", "no DecoderCapabilities"),
     (bad.Everything, "test_tokens_can_be_chosen", "which is forbidden"),

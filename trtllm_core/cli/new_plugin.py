@@ -65,6 +65,13 @@ SCAFFOLDS = {
         registry="decoders",
         bench=True,
     ),
+    "kv-policy": Scaffold(
+        "The KV cache policy $name for trtllm-core",
+        "kv_policy",
+        "trtllm-core explain engine --kv-policy $name",
+        dependencies=_PYDANTIC,
+        registry="kv_policies",
+    ),
     "family": Scaffold(
         "The model family $name for trtllm-core",
         "model_family",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_core.decoding.state import copy_slots
+from trtllm_core.errors import ConfigError
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class MaxTime(DeviceStoppingCriterion):
         self._deadline = torch.full((context.slots,), torch.inf, dtype=torch.float64, device=context.device)
 
     def begin(self, slot: int, view: BranchView) -> None:
-        assert view.sampling.max_time is not None
+        if view.sampling.max_time is None:
+            raise ConfigError("max_time has no limit: set the request's max_time to seconds")
         self._deadline[slot] = self._clock() + view.sampling.max_time
 
     def check(self, batch: CommitBatch) -> torch.Tensor:

@@ -43,6 +43,7 @@ class SlotConformance(Conformance, Generic[G]):
     kind: ClassVar[Kind]
     rig: type[G]
     _subject: ClassVar[Subject]
+    _refusal: ClassVar[str]
 
     @classmethod
     def subject(cls) -> Subject:
@@ -76,6 +77,19 @@ class SlotConformance(Conformance, Generic[G]):
         missing = capabilities.needs - self.offers
         if missing:
             passed_over(f"it needs {', '.join(sorted(missing))}, which this kit cannot give it")
+        if why := self.refusal():
+            passed_over(f"it cannot be asked for like this: {why}")
+
+    @classmethod
+    def refusal(cls) -> str:
+        """Why the requests to try are refused; empty where they are not. Found once for each kit."""
+        if "_refusal" not in vars(cls):
+            try:
+                Life(cls.rig(cls.setting()), cls.cases())
+                cls._refusal = ""
+            except ConfigError as error:
+                cls._refusal = str(error)
+        return cls._refusal
 
     def speculates(self) -> bool:
         """Whether it says that it can take part in verify steps, and give tokens back."""
@@ -101,6 +115,11 @@ class SlotConformance(Conformance, Generic[G]):
             branch = rig.branches[slot]
             text = f"text {list(branch.prompt)} + {list(branch.generated)}"
             require(not difference, f"{after}: {difference} (slot {slot}, {branch.case}, {text})")
+
+    def test_it_can_be_asked_for(self) -> None:
+        """A request with these parameters and fields is planned, and begins."""
+        why = self.refusal()
+        require(not why, f"it refuses the requests to try: {why}; give other `params` or `sampling`")
 
     # -- state ---------------------------------------------------------------------------------------------------
 
