@@ -46,6 +46,15 @@ def test_crossing_is_a_walk_over_a_stable_sort(vocab, spread, road, rng):
         assert torch.equal(crossing(values, weights, target), by_sorting(values, weights, target))
 
 
+@pytest.mark.parametrize("vocab", [1, 40, 3000])
+def test_radix_search_on_its_own(vocab, rng):
+    values = torch.from_numpy(np.round(rng.normal(0, 3, (20, vocab)), 1).astype(np.float32))
+    weights = torch.from_numpy(rng.integers(0, 9, (20, vocab)))
+    weights[:, 0] += 1
+    target = (weights.sum(1, keepdim=True) * torch.rand(20, 1)).long().clamp(min=1)
+    assert torch.equal(ranking._radix(values, weights, target), by_sorting(values, weights, target))
+
+
 def test_crossing_takes_any_weights(road, rng):
     """Of typical sampling, the values say how near a token is, and the weights how likely."""
     values = torch.from_numpy(rng.normal(0, 2, (30, 6000)).astype(np.float32))

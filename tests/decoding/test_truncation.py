@@ -8,6 +8,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from trtllm_core.decoding import ranking, truncation
+from trtllm_core.decoding.samplers import Multinomial
 
 WARPERS = {
     "top_k": (truncation.TopK, hf.TopKLogitsWarper, (0, 1, 2, 7, 40, 60), 0),
@@ -89,3 +90,39 @@ def test_fork_is_simultaneous(warper, new_floor, rng, cycle):
     plugin.fork(torch.tensor(cycle), torch.arange(n))
     plugin.apply(after, floor.logits_batch(list(range(n))))
     assert torch.equal(before, after)
+
+
+EXACT = {
+    "top_k": (6, lambda p: p >= np.sort(p)[-6]),
+    "top_p": (0.6, lambda p: np.argsort(np.argsort(-p)) <= np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.6)),
+    "min_p": (0.3, lambda p: p >= 0.3 * p.max()),
+    "epsilon_cutoff": (0.05, lambda p: p >= 0.05),
+    "eta_cutoff": (0.2, lambda p: p >= min(0.2, 0.2**0.5 * np.exp((p * np.log(p)).sum()))),
+}
+
+
+def typical(p, mass=0.5):
+    surprise = -np.log(p)
+    order = np.argsort(np.abs(surprise - (p * surprise).sum()), kind="stable")
+    kept = np.zeros(len(p), bool)
+    kept[order[: np.searchsorted(np.cumsum(p[order]), mass) + 1]] = True
+    return kept
+
+
+@pytest.mark.parametrize("field", [*EXACT, "typical_p"])
+def test_tokens_that_are_drawn_have_the_distribution_that_is_left(field, new_floor, assert_distribution, rng):
+    """Each truncation with the sampler behind it, over many draws in one call."""
+    draws, x = 40_000, rng.normal(0, 1.2, 30).astype(np.float32)
+    value, kept = EXACT.get(field, (0.5, typical))
+    floor, plugin, sampler = new_floor(vocab=30, padded=30), WARPERS[field][0](), Multinomial()
+    plugin.setup(floor.context)
+    sampler.setup(floor.context)
+    plugin.begin(0, floor.view(0, [1], **{field: value}))
+    batch = floor.logits_batch([0] * draws, offsets=range(draws))
+    logits = torch.from_numpy(x).repeat(draws, 1)
+    plugin.apply(logits, batch)
+    p = np.exp(x.astype(np.float64))
+    p /= p.sum()
+    expected = np.where(kept(p), p, 0)
+    assert 1 < (expected > 0).sum() < 30
+    assert_distribution(np.bincount(sampler.sample(logits, batch).numpy(), minlength=30), expected)

@@ -16,8 +16,8 @@ from trtllm_core.testing.markov import MarkovExecutable
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "sampling.md").read_text(encoding="utf-8")
 ROWS = {
-    name: (default.strip("`"), who)
-    for name, default, who in re.findall(r"^\| `(\w+)` \| (\S+) \| (.*?) \| ", PAGE, re.MULTILINE)
+    name: (default.strip("`"), who.strip())
+    for name, default, who in re.findall(r"^\| `(\w+)` \| (\S+) \| (.*?)\| ", PAGE, re.MULTILINE)
 }
 FIELDS = SamplingConfig.model_fields
 

@@ -85,9 +85,9 @@ class TopKTopP(Sampler):
     is measured on the renormalised top k, and the token at its border gets only that part of its mass which is inside.
     ``top_p_decay`` and its companions change p as the text grows.
 
-    The vocabulary is never sorted. With k > 0 the largest k are ordered; p < 1 over the whole vocabulary is a search
-    for the token at which the sum reaches r; p = 1 needs no order and walks by token id. What some live branch needs is
-    done for all rows, and a row's token is the same whatever the others in its batch ask for.
+    With k > 0 the largest k are ordered; p < 1 over the whole vocabulary is a search for the token at which the sum
+    reaches r; p = 1 needs no order and walks by token id. What some live branch needs is done for all rows, and a row's
+    token is the same whatever the others in its batch ask for.
     """
 
     capabilities = DecoderCapabilities(graph_safe=True)
