@@ -89,7 +89,7 @@ ASKED = {
 }
 
 
-PARAMS = {"confidence": {"above": 0.9}, "repetition": {"max_size": 3}}
+PARAMS = {"confidence": {"above": 0.9}, "repetition": {"max_size": 3}, "diverse_beam_search": {"groups": 1}}
 DEVICE = [entry for entry in ENTRIES if not issubclass(entry.load(), HostStoppingCriterion)]
 
 
