@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.parallel import run_ranks
 from trtllm_core.testing.adapters import AdaptedModel, adapted_rank_tokens
 from trtllm_core.testing.markov import MarkovExecutable
-from trtllm_core.testing.reference import LIMITS, ReferenceModel
+from trtllm_core.testing.reference import LIMITS, ReferenceModel, distance
 
 pytest.importorskip("peft")
 
@@ -51,14 +52,24 @@ GREEDY = SamplingConfig(end_id=(), max_new_tokens=12, return_dict=True)
 
 
 class Case:
-    """A random model with two adapters and a prompt table."""
+    """A random model with two adapters and a prompt table. A ``calm`` one does not magnify rounding."""
 
-    def __init__(self, kind: str, directory: Path, plugins: Plugins) -> None:
-        self.reference = ReferenceModel(CONFIGS[kind], directory, plugins, limits=LIMITED)
-        self.plugins, self.adapted = plugins, AdaptedModel(self.reference.model, directory)
-        attention, rest = TARGETS[kind]
-        self.paths = [self.adapted.add("0", attention, lora_alpha=6), self.adapted.add("1", rest, rank=8)]
-        self.table = torch.randn(3, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
+    def __init__(self, kind: str, directory: Path, plugins: Plugins, calm: bool = False) -> None:
+        gain, self.strength = (0.8, 2) if calm else (1.5, 8)
+        self.reference = ReferenceModel(CONFIGS[kind], directory, plugins, gain, LIMITED)
+        self.kind, self.directory, self.plugins = kind, directory, plugins
+        self.adapted, self.paths = self.adapt(self.reference.model, "as it is")
+        table = torch.randn(3, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
+        self.table = table.bfloat16().float()
+
+    def adapt(self, model: Any, name: str) -> tuple[AdaptedModel, list[Path]]:
+        """The same random adapters for any form of the model."""
+        torch.manual_seed(4)
+        adapted, (attention, rest) = AdaptedModel(model, self.directory / name), TARGETS[self.kind]
+        return adapted, [
+            adapted.add("0", attention, lora_alpha=self.strength),
+            adapted.add("1", rest, rank=8, lora_alpha=self.strength),
+        ]
 
     def runner(self, dtype: str | None = None, **options: Any) -> ModelRunner:
         engine = self.reference.engine(dtype)
@@ -100,7 +111,37 @@ def test_all_of_it_in_one_batch(kind: str, case: Any) -> None:
         assert tokens(result) == [one.expected(i) for i in range(len(PROMPTS))]
         plain = runner.generate([PROMPTS[3]], GREEDY)
         assert tokens(plain)[0] == one.adapted.greedy(None, PROMPTS[3], 12)
-    assert len({tuple(one.adapted.greedy(uid, PROMPTS[3], 12)) for uid in (None, "0", "1")}) == 3, "adapters show"
+    without = one.adapted.logits(None, PROMPTS[0])
+    for uid in ("0", "1"):
+        assert distance([one.adapted.logits(uid, PROMPTS[0])], [without]) > 0.05, "an adapter must show"
+
+
+def check_logits(one: Case, adapted: AdaptedModel, dtype: str | None, tolerance: float) -> None:
+    """Every logit of prompts and of generated tokens, one batch for all, against peft on one sequence at a time."""
+    gather = {"gather_context_logits": True, "gather_generation_logits": True}
+    engine = one.reference.engine(dtype, max_num_tokens=16, **gather)
+    with ModelRunner.from_dir(engine, plugins=one.plugins, lora_dir=one.paths) as runner:
+        result = runner.generate(PROMPTS, GREEDY, prompt_table=one.table, prompt_tasks=TASKS, lora_uids=UIDS)
+    ours, theirs = [], []
+    for i, output in enumerate(result["outputs"]):
+        ours.append(torch.cat((output.context_logits, output.generation_logits[1:])))
+        text = [*output.prompt, *output.tokens[:-1]]
+        theirs.append(adapted.logits(UIDS[i] if UIDS[i] != "-1" else None, text, one.table[TASKS[i]]))
+    assert distance(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_in_float32(kind: str, case: Any) -> None:
+    one = case(kind)
+    check_logits(one, one.adapted, None, 1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_in_half_precision(kind: str, tmp_path: Path, plugins: Plugins) -> None:
+    """Against float32 arithmetic on the weights that were rounded."""
+    one = Case(kind, tmp_path, plugins, calm=True)
+    rounded, _ = one.adapt(copy.deepcopy(one.reference.model).bfloat16().float(), "rounded")
+    check_logits(one, rounded, "bfloat16", 2e-2)
 
 
 def test_chunks_waiting_and_streams(case: Any) -> None:

@@ -92,7 +92,6 @@ def test_scored_rows_do_not_mix():
     ("fields", "words"),
     [
         ({"num_logprobs": 2, "return_dict": False}, "'num_logprobs': a tensor of token ids has no place for it"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs=0"),
     ],
 )
 def test_refused(runner, fields, words):

@@ -27,8 +27,11 @@ def make_requests(
     prompt_table: Table | Sequence[Table | None] | None = None,
     prompt_tasks: str | Sequence[int] | torch.Tensor | None = None,
     lora_uids: Sequence[str | None] | None = None,
+    deltas: bool = False,
 ) -> list[Request]:
     """One request for each prompt; its id is its index. Arguments are those of ``ModelRunner.generate``.
+
+    ``deltas``: there is a place for logits in what comes back, whether or not ``return_dict`` is set.
 
     Raises:
         ConfigError, CapacityError: something cannot work on this engine, or their numbers differ.
@@ -44,7 +47,12 @@ def make_requests(
     for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
         tokens = prompt.reshape(-1).tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         engine.check_prompt(tokens, config, f"prompt {i}", tables[i])
-        requests.append(Request(str(i), tuple(tokens), config, *objects, text, adapters[i], tables[i]))
+        room = deltas or config.return_dict
+        context = room and engine.gather_context_logits
+        generation = room and engine.gather_generation_logits
+        requests.append(
+            Request(str(i), tuple(tokens), config, *objects, text, adapters[i], tables[i], context, generation)
+        )
     return requests
 
 

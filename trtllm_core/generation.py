@@ -168,6 +168,7 @@ class GenerationSession(EngineProperties):
             int32 ``[batch, sequences, max_seq_len]`` of prompt and generated tokens (as many sequences as a request
             returns, best first), or with ``return_dict`` a dictionary with ``output_ids``, ``sequence_lengths`` and
             ``cum_log_probs`` ``[batch, sequences]``, ``log_probs`` as the ids, each where it was asked for, and
+            ``context_logits`` and ``generation_logits`` where the engine gathers them, and
             ``finish_reasons`` and ``outputs`` (a ``GenerationOutput``) with one entry a sequence, request by request.
             With ``streaming`` an iterator over ``Delta``, whether or not ``return_dict`` is set, unless ``full`` says
             otherwise.
@@ -231,6 +232,7 @@ class GenerationSession(EngineProperties):
             prompt_table,
             prompt_tasks,
             lora_uids,
+            deltas=streaming and not full,
         )
         if not streaming:
             return self.decode_regular(requests)

@@ -111,6 +111,7 @@ class StepLoop:
         if branches.unborn and (origin := branches.born(slots, self.cache)) is not None:
             logits = logits[origin]
         slot, offset = torch.tensor(slots).to(self.session.device, non_blocking=True), self._offsets[: len(slots)]
+        branches.gathering.note(slots, logits)
         branches.pipeline.prepare(slots)
         scored = branches.wants_log_probs
         processed, scores = branches.pipeline.apply(logits, slot, offset, scored=scored)
@@ -147,20 +148,30 @@ class StepLoop:
         position = np.arange(len(row)) - (ends - rows.counts - past)[row]
         ids = self.branches.slots.tokens[rows.slots[row], position]
         further = self.branches.conditions.inputs(rows.slots, row, ids)
+        asked = ends[rows.asking] - 1
+        owner, gathering = rows.slots[row], self.branches.gathering
+        kept = gathering.asked(owner, position)
+        given = asked if kept is None else np.union1d(asked, kept)
         arrays = {
             "input_ids": ids,
             "position_ids": position,
             "query_lengths": rows.counts.astype(np.int32),
             "past_lengths": past.astype(np.int32),
             "block_tables": self.cache.tables[rows.slots],
-            "logits_indices": ends[rows.asking] - 1,
+            "logits_indices": given,
         }
-        logits = self._logits[: int(rows.asking.sum())]
+        logits = self._logits[: len(given)]
+        if kept is not None:
+            logits = torch.empty(len(given), self._logits.shape[1], device=self.session.device)
         inputs = {name: torch.from_numpy(array) for name, array in arrays.items()} | further
         self.engine.run(inputs, {"logits": logits})
         if self._vocab_size < logits.shape[1]:
             logits[:, self._vocab_size :] = torch.finfo(torch.float32).min
-        return logits
+        if kept is None:
+            return logits
+        place = torch.from_numpy(np.searchsorted(given, kept)).to(logits.device)
+        gathering.keep(owner[kept], position[kept], logits[place])
+        return logits[torch.from_numpy(np.searchsorted(given, asked)).to(logits.device)]
 
     def _generation_tokens(self, rows: Rows) -> int:
         """Tokens of rows whose whole prompt is in the cache before the step."""

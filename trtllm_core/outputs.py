@@ -10,6 +10,7 @@ import torch
 
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.request import Delta, Request
+from trtllm_core.decoding.telling import stacked
 from trtllm_core.errors import ConfigError, listing
 
 
@@ -30,6 +31,16 @@ class GenerationOutput:
     """Of ``tokens``, where asked for."""
     top_log_probs: tuple[Mapping[int, float], ...] = ()
     """Beside each of ``tokens``, where asked for (``num_logprobs``): token to log-probability, the likeliest first."""
+    context_logits: torch.Tensor | None = None
+    """float32 ``[prompt, vocab_size_padded]``, before processors, where the engine gathers them."""
+    generation_logits: torch.Tensor | None = None
+    """float32 ``[tokens, vocab_size_padded]``: what each of ``tokens`` was chosen from, before processors, where the
+    engine gathers it."""
+    prompt_log_probs: tuple[float, ...] = ()
+    """Of the prompt's tokens, where asked for (``prompt_logprobs``). The first is given, and virtual ones are no
+    tokens: 0."""
+    prompt_top_log_probs: tuple[Mapping[int, float], ...] = ()
+    """Beside each of them, where asked for: token to log-probability, the likeliest first. Nothing beside the first."""
     error: Exception | None = None
     matched: Any = None
     """The stop string or word that ended it, where one did."""
@@ -53,6 +64,9 @@ def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
     """What a request leaves that is over: its sequences, best first."""
     request = live.request
     prompt = tuple(request.prompt)
+    scores, others = live.scores, request.sampling.prompt_logprobs
+    if scores is not None and not scores.complete:  # it ended before its prompt was through
+        scores = None
     return [
         GenerationOutput(
             prompt=prompt,
@@ -63,6 +77,10 @@ def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
             text=one.text,
             log_probs=tuple(one.log_probs),
             top_log_probs=tuple(one.top_log_probs),
+            context_logits=None if scores is None else scores.logits,
+            generation_logits=stacked(one.logits),
+            prompt_log_probs=() if scores is None or others is None else tuple(scores.log_probs),
+            prompt_top_log_probs=() if scores is None or not others else tuple(scores.top_log_probs),
             error=live.error if one.reason == "plugin_error" else None,
             matched=None if one.stop is None else one.stop.matched,
             cached_prompt_tokens=live.cached_prompt,
@@ -85,6 +103,7 @@ def check_ids_suffice(requests: Sequence[Request]) -> None:
     """
     names = ("output_log_probs", "output_cum_log_probs", "output_sequence_lengths", "num_logprobs")
     asked = {name for request in requests for name in names if getattr(request.sampling, name)}
+    asked |= {"prompt_logprobs" for request in requests if request.sampling.prompt_logprobs is not None}
     asked |= {"text" for request in requests if request.text}
     if asked:
         raise ConfigError(f"{listing(asked)}: a tensor of token ids has no place for it; ask for return_dict=True")
@@ -142,7 +161,29 @@ def batch_result(
     numbers = [{o.sequence: (o.length, o.log_probs, o.cum_log_prob) for o in row} for row in outputs]
     if any(r.sampling.num_logprobs for r in requests):
         result["top_log_probs"] = [[output.top_log_probs for output in row] for row in outputs]
-    return result | _asked_for(requests, batch.ids, numbers)
+    return result | _asked_for(requests, batch.ids, numbers) | _logits(requests, outputs, batch.ids.shape[1])
+
+
+def _logits(
+    requests: Sequence[Request], outputs: Sequence[Sequence[GenerationOutput]], sequences: int
+) -> dict[str, Any]:
+    """Logits and the prompts' log-probabilities, of requests that have them: entries by request."""
+    result: dict[str, Any] = {}
+    first = [row[0] for row in outputs]
+    if any(request.context_logits for request in requests):
+        result["context_logits"] = [one.context_logits for one in first]
+    if any(request.sampling.prompt_logprobs is not None for request in requests):
+        result["prompt_log_probs"] = [torch.tensor(one.prompt_log_probs) for one in first]
+    if any(request.sampling.prompt_logprobs for request in requests):
+        result["prompt_top_log_probs"] = [one.prompt_top_log_probs for one in first]
+    given = [(i, o.sequence, o.generation_logits) for i, row in enumerate(outputs) for o in row]
+    logits = [(i, sequence, rows) for i, sequence, rows in given if rows is not None]
+    if logits:
+        longest, width = max(len(rows) for _, _, rows in logits), logits[0][2].shape[1]
+        result["generation_logits"] = torch.zeros(len(outputs), sequences, longest, width)
+        for i, sequence, rows in logits:
+            result["generation_logits"][i, sequence, : len(rows)] = rows
+    return result
 
 
 def partial_result(
@@ -161,7 +202,14 @@ def partial_result(
         numbers.append({i: (prompt + one.length, one.log_probs, one.cum_log_prob) for i, one in shown.items()})
         if live is None:
             numbers[-1][0] = prompt, (), 0.0
-    return {"output_ids": ids} | _asked_for(requests, ids, numbers)
+    result: dict[str, Any] = {"output_ids": ids} | _asked_for(requests, ids, numbers)
+    given = [None if (live := started.get(request.request_id)) is None else live.scores for request in requests]
+    scores = [one if one is not None and one.complete else None for one in given]
+    if any(request.context_logits for request in requests):
+        result["context_logits"] = [None if one is None else one.logits for one in scores]
+    if any(request.sampling.prompt_logprobs is not None for request in requests):
+        result["prompt_log_probs"] = [None if one is None else torch.tensor(one.log_probs) for one in scores]
+    return result
 
 
 _Numbers = tuple[int, Sequence[float], float]

@@ -108,6 +108,16 @@ class EngineProperties:
         return self.session.context_mem_size
 
     @property
+    def gather_context_logits(self) -> bool:
+        """Whether results carry the logits of every prompt token."""
+        return self.config.build.gather_context_logits
+
+    @property
+    def gather_generation_logits(self) -> bool:
+        """Whether results carry the logits that tokens were chosen from."""
+        return self.config.build.gather_generation_logits
+
+    @property
     def use_lora_plugin(self) -> bool:
         """Whether the engine takes LoRA adapters."""
         return self.config.build.max_lora_rank > 0
@@ -125,8 +135,6 @@ class EngineProperties:
     cross_attention = False
     has_position_embedding = False
     has_token_type_embedding = False
-    gather_context_logits = False
-    gather_generation_logits = False
     is_medusa_mode = False
     num_medusa_heads = 0
     max_medusa_tokens = 0

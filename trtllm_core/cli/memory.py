@@ -55,7 +55,9 @@ def plan_memory(config: EngineConfig, weights: list[int]) -> MemoryPlan:
         kv_per_token=per_token,
         kv_per_sequence=per_sequence,
         kv_at_limits=build.max_branches * per_sequence,
-        logits=2 * build.max_branches * config.vocab_size_padded * 4,
+        logits=(2 * build.max_branches + build.gather_context_logits * build.max_num_tokens)
+        * config.vocab_size_padded
+        * 4,
     )
 
 

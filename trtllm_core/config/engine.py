@@ -30,6 +30,10 @@ class BuildConfig(Config):
     max_beam_width: int = Field(default=1, ge=1, le=64, description="most branches that a search may have")
     tokens_per_block: int = Field(default=64, ge=1, le=1024)
     tp_size: int = Field(default=1, ge=1)
+    gather_context_logits: bool = Field(default=False, description="results carry the logits of every prompt token")
+    gather_generation_logits: bool = Field(
+        default=False, description="results carry the logits that tokens were chosen from, before processors"
+    )
     max_prompt_embedding_table_size: int = Field(
         default=0, ge=0, description="most rows of a request's prompt table, over all its tasks; 0 takes none"
     )

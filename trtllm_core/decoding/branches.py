@@ -14,6 +14,7 @@ from trtllm_core.decoding.choice import Choice, Outcome
 from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.conditions import Conditions
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
+from trtllm_core.decoding.gathering import Gathering, PromptScores
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.plan import Plan, PlanItem, Planner
@@ -54,6 +55,7 @@ class BranchTable:
             clock,
         )
         self.conditions = Conditions(build.max_branches)
+        self.gathering = Gathering()
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
         self.choosers = Choosers(context)
@@ -107,7 +109,9 @@ class BranchTable:
                 admitted.append(slot)
                 hits.append(admission.hit_length)
             else:
-                live = LiveRequest(request, plan, slots, cached_prompt=hits[0])
+                context = self.slots.context
+                scores = PromptScores.of(request, context.vocab_size, context.vocab_size_padded)
+                live = LiveRequest(request, plan, slots, scores, hits[0])
                 self._begin(live)
         except BaseException:
             self._give_back(slots, admitted, cache)
@@ -154,6 +158,7 @@ class BranchTable:
             self.owners[slot] = live
             self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
             self.conditions.begin(slot, request)
+            self.gathering.begin(slot, request, None if number else live.scores)
             if number < plan.branching.branches:
                 stream = TextStream(self._token_bytes) if request.text and self._token_bytes is not None else None
                 live.unborn.append(Branch(live, slot, number, stream=stream))
@@ -270,6 +275,7 @@ class BranchTable:
                 if owner is not None:
                     owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
         self.conditions.end(slot)
+        self.gathering.end(slot)
         self.slots.give(slot)
 
     def plugin_seconds(self) -> dict[str, float]:

@@ -67,7 +67,8 @@ def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[Li
     for index, score in found.survivors.finished:
         parent, row = table.live[search.slots[index]], found.start + index
         token, stop = verdict.tokens[row][0], verdict.stops[row]
-        one = finished(parent, token, found.log_probs[index], found.scores[index], stop, score)
+        raw = table.gathering.chosen_from(parent.slot, 1)
+        one = finished(parent, token, found.log_probs[index], found.scores[index], stop, score, raw)
         parent.owner.hypotheses.append(one)
         if stop is not None and verdict.ends_request[row]:
             reasons.setdefault(parent.owner, stop.reason)
@@ -148,6 +149,7 @@ def _tell(
             chances = outcome.log_probs[i][: len(tokens)]
         branch.generated += tokens
         branch.log_probs += chances
+        branch.logits += table.gathering.chosen_from(outcome.forks.get(slot, slot), len(tokens))
         beside = _beside(live, outcome, i, tokens)
         branch.likeliest += beside
         text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)

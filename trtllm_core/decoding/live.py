@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from trtllm_core.decoding.detokenizer import TextStream
+from trtllm_core.decoding.gathering import PromptScores
 from trtllm_core.decoding.plan import Plan
 from trtllm_core.decoding.request import Request
 from trtllm_core.plugin import Hypothesis, Stop
@@ -22,6 +25,8 @@ class Branch:
     log_probs: list[float] = field(default_factory=list)
     likeliest: list[Mapping[int, float]] = field(default_factory=list)
     """Beside each token, where asked for: likely tokens and their log-probabilities."""
+    logits: list[torch.Tensor] = field(default_factory=list)
+    """What each token was chosen from, where the request keeps it: float32 ``[vocab_size_padded]``, on the CPU."""
     score: float | None = None
     """What a search gives it; None where no search runs."""
     rank: float = 0.0
@@ -38,7 +43,7 @@ class Branch:
     def copy_to(self, slot: int, number: int) -> Branch:
         """The same history in another slot."""
         stream = None if self.stream is None else self.stream.fork()
-        lists = self.generated.copy(), self.log_probs.copy(), self.likeliest.copy()
+        lists = self.generated.copy(), self.log_probs.copy(), self.likeliest.copy(), self.logits.copy()
         return Branch(self.owner, slot, number, *lists, self.score, self.rank, self.text, stream)
 
     def say(self, tokens: Sequence[int], held: int) -> str:
@@ -63,7 +68,9 @@ class Branch:
         total = sum(self.log_probs) if self.score is None else self.score
         tokens, log_probs = tuple(self.generated), tuple(self.log_probs)
         beside = tuple(self.likeliest)
-        return Hypothesis(tokens, self.rank, reason, self.number, total, log_probs, self.text, stop, beside)
+        return Hypothesis(
+            tokens, self.rank, reason, self.number, total, log_probs, self.text, stop, beside, tuple(self.logits)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +81,8 @@ class LiveRequest:
     plan: Plan
     slots: tuple[int, ...]
     """By branch number: all that were set aside, resting ones included."""
+    scores: PromptScores | None = None
+    """Logits and log-probabilities of its prompt, where it wants them."""
     cached_prompt: int = 0
     """Tokens of its prompt that were in the cache when it started."""
     running: list[Branch] = field(default_factory=list)

@@ -44,6 +44,7 @@ CORE_FIELDS = frozenset(
         "return_dict",
         "output_cum_log_probs",
         "output_log_probs",
+        "prompt_logprobs",
         "cache_salt",
         "cache_priority",
         "preset",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_core.config import SamplingConfig
 from trtllm_core.lora import Adapter
 from trtllm_core.plugin import LogitsProcessor, StoppingCriterion
 from trtllm_core.prompt_table import VirtualTokens
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,24 @@ class Request:
     """The LoRA adapter that it runs with."""
     virtual: VirtualTokens | None = None
     """What token ids beyond the vocabulary stand for in its prompt."""
+    context_logits: bool = False
+    """Whether the logits of its prompt are kept."""
+    generation_logits: bool = False
+    """Whether the logits that its tokens are chosen from are kept."""
     seed: int = field(init=False)
     """The seed that is used: the user's, or one drawn now."""
+    _own: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         seed = self.sampling.random_seed
+        if self.scores_prompt:
+            object.__setattr__(self, "_own", secrets.randbits(63))
         object.__setattr__(self, "seed", secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether it wants logits or log-probabilities of its prompt. Then all of the prompt is computed."""
+        return self.context_logits or self.sampling.prompt_logprobs is not None
 
     @property
     def reuse_key(self) -> tuple[Any, ...]:
@@ -46,6 +61,8 @@ class Request:
             parts.append(("lora", self.adapter.serial))
         if self.virtual is not None:
             parts.append(("prompt_table", self.virtual.key))
+        if self.scores_prompt:  # what is cached has no logits: nobody else's prefix is its own
+            parts.append(("own", self._own))
         return tuple(parts)
 
 
@@ -73,3 +90,11 @@ class Delta:
     """With ``keep``: how many characters of its text stay, before ``text``."""
     top_log_probs: tuple[Mapping[int, float], ...] = ()
     """Beside each of ``tokens``, where asked for (``num_logprobs``): token to log-probability, the likeliest first."""
+    context_logits: torch.Tensor | None = None
+    """float32 ``[prompt, vocab_size_padded]``: in the first delta of a request, where the engine gathers them."""
+    generation_logits: torch.Tensor | None = None
+    """float32 ``[tokens, vocab_size_padded]``: what ``tokens`` were chosen from, where the engine gathers it."""
+    prompt_log_probs: tuple[float, ...] = ()
+    """Of the prompt's tokens, where asked for: in the first delta of a request."""
+    prompt_top_log_probs: tuple[Mapping[int, float], ...] = ()
+    """Beside each of them, where asked for."""

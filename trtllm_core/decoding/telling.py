@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import Any
+
+import torch
 
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.request import Delta
@@ -32,6 +35,8 @@ def append(
         error,
         branch.number,
         top_log_probs=tuple(beside),
+        generation_logits=stacked(branch.logits[len(branch.logits) - len(tokens) :]) if branch.logits else None,
+        **_of_prompt(live, branch.number),
     )
 
 
@@ -42,7 +47,7 @@ def show(branch: Branch, tokens: Sequence[int], text: str) -> Delta:
     live.shown[number] = branch, len(branch.generated), len(branch.text)
     if shown is None or shown[0] is branch:
         return append(branch, tokens, branch.log_probs[len(branch.generated) - len(tokens) :], text, None)
-    return _revision(live, shown, number, branch.generated, branch.log_probs, branch.text)
+    return _revision(live, shown, number, branch.hypothesis(""))
 
 
 def ends(live: LiveRequest) -> list[Delta]:
@@ -50,7 +55,7 @@ def ends(live: LiveRequest) -> list[Delta]:
     deltas = []
     for number, one in enumerate(live.sequences or ()):
         shown = live.shown.get(number) or (Branch(live, -1, number), 0, 0)
-        delta = _revision(live, shown, number, one.tokens, one.log_probs, one.text)
+        delta = _revision(live, shown, number, one)
         error = live.error if one.reason == "plugin_error" else None
         deltas.append(replace(delta, finish_reason=one.reason, error=error))
     return deltas
@@ -60,23 +65,42 @@ def _revision(
     live: LiveRequest,
     shown: tuple[Branch, int, int],
     number: int,
-    tokens: Sequence[int],
-    log_probs: Sequence[float],
-    text: str,
+    one: Hypothesis,
 ) -> Delta:
     """From what was shown to what is. Where that only grew, it is told as growth."""
     branch, count, length = shown
-    kept, kept_text = _common(branch.generated[:count], tokens), _common(branch.text[:length], text)
+    kept, kept_text = _common(branch.generated[:count], one.tokens), _common(branch.text[:length], one.text)
     grew = kept == count and kept_text == length
     return Delta(
         live.request.request_id,
-        tuple(tokens[kept:]),
-        text[kept_text:],
-        log_probs=tuple(log_probs[kept:]),
+        tuple(one.tokens[kept:]),
+        one.text[kept_text:],
+        log_probs=tuple(one.log_probs[kept:]),
         sequence=number,
         keep=None if grew else kept,
         keep_text=0 if grew else kept_text,
+        generation_logits=stacked(one.logits[kept:]) if one.logits else None,
+        **_of_prompt(live, number),
     )
+
+
+def _of_prompt(live: LiveRequest, sequence: int) -> dict[str, Any]:
+    """What the first delta of a request says of its prompt."""
+    scores = live.scores
+    if scores is None or scores.told or sequence or not scores.complete:
+        return {}
+    scores.told = True
+    told: dict[str, Any] = {"context_logits": scores.logits}
+    if live.request.sampling.prompt_logprobs is not None:
+        told["prompt_log_probs"] = tuple(scores.log_probs)
+    if live.request.sampling.prompt_logprobs:
+        told["prompt_top_log_probs"] = tuple(scores.top_log_probs)
+    return told
+
+
+def stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Logits of tokens as ``[tokens, vocab_size_padded]``; None where there are none."""
+    return torch.stack(list(rows)) if rows else None
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
@@ -84,12 +108,21 @@ def _common(one: Sequence[object], other: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def finished(parent: Branch, token: int, log_prob: float, cum: float, stop: Stop | None, score: float) -> Hypothesis:
+def finished(
+    parent: Branch,
+    token: int,
+    log_prob: float,
+    cum: float,
+    stop: Stop | None,
+    score: float,
+    raw: Sequence[torch.Tensor] = (),
+) -> Hypothesis:
     """What a candidate of a search leaves that is complete with ``token``."""
     branch = parent.copy_to(parent.slot, parent.number)
     branch.generated.append(token)
     if branch.owner.plan.log_probs:
         branch.log_probs.append(log_prob)
+    branch.logits += raw
     branch.score, branch.rank = cum, score
     branch.say_last([token], stop)
     return branch.hypothesis("search" if stop is None else stop.reason, stop)

@@ -117,6 +117,8 @@ class Hypothesis:
     """What ended it; None where the request ended around it."""
     top_log_probs: Sequence[Mapping[int, float]] = field(default=())
     """Where asked for, beside each token the likeliest ones and their log-probabilities."""
+    logits: Sequence[torch.Tensor] = field(default=())
+    """What each token was chosen from, where the engine gathers it: float32 ``[vocab_size_padded]``, on the CPU."""
 
     @property
     def length(self) -> int:
