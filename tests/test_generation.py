@@ -183,6 +183,28 @@ def test_wrong_requests_get_a_sentence_and_lose_nothing(plugins, prompts, fields
     assert r.generation.loop.branches.slots.free == 8
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 0, "top_p": 0.9},
+        {"top_k": 0, "top_p": 1.0},
+        {"top_k": 0, "top_p": 0.5, "preset": "hf", "typical_p": 0.5, "eta_cutoff": 0.1},
+        {"decoder": "mirostat"},
+    ],
+)
+def test_where_every_token_is_forbidden_the_request_fails_alone(plugins, fields):
+    """And never with a token that was forbidden."""
+    r = runner(plugins)
+    config = SamplingConfig(end_id=(), max_new_tokens=4, return_dict=True, random_seed=1, **fields)
+    nothing = config.replace(embedding_bias=[-float("inf")] * 97)
+    failed, fine = r.generate([[5], [5]], [nothing, config])["outputs"]
+    assert (failed.finish_reason, failed.tokens) == ("plugin_error", ())
+    assert str(failed.error).endswith("found every token forbidden")
+    assert (fine.finish_reason, len(fine.tokens)) == ("length", 4)
+
+
 def test_fields_as_vectors_are_each_sequences_own(plugins):
     """The classic runtime pointed at the wrong words for every row after the first."""
     r = runner(plugins)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from trtllm_core.decoding.random import batch_uniform, draw_salt
 from trtllm_core.decoding.ranking import masses
-from trtllm_core.decoding.samplers import draw
+from trtllm_core.decoding.samplers import draw, possible
 from trtllm_core.decoding.state import copy_slots
 from trtllm_core.plugin.decoder import DecoderCapabilities, Sampler
 
@@ -66,7 +66,7 @@ class Mirostat(Sampler):
         mu = mu.squeeze(1) - self._eta[slot] * (surprise.squeeze(1) - self._tau[slot])
         after = (slot, length + 1)
         self._mu.index_put_(after, torch.where(batch.active, mu, self._mu[after]))
-        return tokens.squeeze(1)
+        return possible(logits, tokens.squeeze(1))
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._mu, self._tau, self._eta)

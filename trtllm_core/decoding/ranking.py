@@ -21,7 +21,8 @@ _FEW = (256, 4096)  # how many of the largest logits are tried before all of the
 
 def masses(logits: torch.Tensor) -> torch.Tensor:
     """``exp(x − x_max)`` in units of 2^-32, rounded down: int64 ``[n, vocab]`` for float32 ``[n, vocab]``."""
-    return logits.sub(logits.amax(dim=1, keepdim=True)).exp_().mul_(_ONE).long()
+    most = logits.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # of a row of -inf, no NaN
+    return logits.sub(most).exp_().mul_(_ONE).long()
 
 
 def part(share: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from trtllm_core.decoding.random import batch_uniform, draw_salt
 from trtllm_core.decoding.ranking import crossing, largest, masses, part, reaches
 from trtllm_core.decoding.state import copy_slots
 from trtllm_core.decoding.top_p_decay import TopPDecay
-from trtllm_core.plugin.decoder import DecoderCapabilities, Sampler
+from trtllm_core.plugin.decoder import NO_TOKEN, DecoderCapabilities, Sampler
 
 if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
@@ -31,13 +31,19 @@ def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, tokens.clamp(0, logits.shape[1] - 1)) - logits.logsumexp(dim=1, keepdim=True)
 
 
+def possible(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """``tokens`` (int64 ``[n]``), and -1 where even the chosen one is forbidden: then all of them are."""
+    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return torch.where(chosen == -torch.inf, NO_TOKEN, tokens)
+
+
 class Greedy(Sampler):
     """The largest logit; among equals, the lowest token id."""
 
     capabilities = DecoderCapabilities(greedy=True, graph_safe=True)
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
-        return logits.argmax(dim=1)
+        return possible(logits, logits.argmax(dim=1))
 
 
 class Multinomial(Sampler):
@@ -48,7 +54,7 @@ class Multinomial(Sampler):
     SALT = draw_salt("multinomial")
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
-        return draw(masses(logits), batch_uniform(batch, self.SALT).unsqueeze(1)).squeeze(1)
+        return possible(logits, draw(masses(logits), batch_uniform(batch, self.SALT).unsqueeze(1)).squeeze(1))
 
 
 def draw(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -158,4 +164,4 @@ class TopKTopP(Sampler):
             sums = masses(logits.gather(1, ids)).cumsum(dim=1)
             total = sums.gather(1, k.clamp(1, self._width) - 1)
             tokens = torch.where(k > 0, ids.gather(1, reaches(sums, part(share, total))), tokens)
-        return tokens.squeeze(1)
+        return possible(logits, tokens.squeeze(1))

@@ -18,6 +18,7 @@ from trtllm_core.plugin import (
     Stop,
     StoppingCriterion,
 )
+from trtllm_core.plugin.decoder import NO_TOKEN
 
 Criterion = DeviceStoppingCriterion | HostCriterionAdapter
 
@@ -124,7 +125,8 @@ class StoppingRules(Stages[Criterion]):
                 wrong[slot] = f"chose {count} of {len(row)} tokens"
             elif min(new) < 0 or max(new) >= vocab:
                 bad = next(token for token in new if not 0 <= token < vocab)
-                wrong[slot], new = f"chose token {bad}, outside the vocabulary of {vocab}", []
+                what = f"chose token {bad}, outside the vocabulary of {vocab}"
+                wrong[slot], new = "found every token forbidden" if bad == NO_TOKEN else what, []
             tokens.append(new)
         return tokens, wrong
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, FinishReason, LogitsBatch
 
 
+NO_TOKEN = -1
+"""What a sampler returns where every token is forbidden."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderCapabilities:
     """What a decoder can do and what it must be given."""
@@ -137,7 +141,8 @@ class Sampler(SlotPlugin):
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         """int64 ``[n]`` of token ids for ``logits`` (float32 ``[n, vocab_size_padded]``), which may be overwritten.
 
-        Rows of requests that chose another decoder come along; what is returned for them is thrown away.
+        Rows of requests that chose another decoder come along; what is returned for them is thrown away. -1 says that
+        every token is forbidden: the request ends with an error that says so.
         """
         raise NotImplementedError
 
