@@ -37,6 +37,10 @@ SAMPLING: dict[str, tuple[dict[str, Any], ...]] = {
     "stop_regexes": ({"stop_regexes": ("a[bc]+d", "h{2}")},),
     "max_time": ({"max_time": 5.0},),
     "max_tokens": ({"max_new_tokens": 5}, {"max_new_tokens": 2}),
+    "beam_search": ({"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5}, {"num_beams": 4, "early_stopping": 0}),
+    "hf_beam_search": ({"num_beams": 3}, {"num_beams": 2, "early_stopping": 0}),
+    "hf_beam_sample": ({"num_beams": 2}, {"num_beams": 3}),
+    "diverse_beam_search": ({"num_beams": 4},),
     "top_k_top_p": (
         {"top_k": 5, "top_p": 0.9},
         {"top_k": 0, "top_p": 0.8},
@@ -47,6 +51,7 @@ SAMPLING: dict[str, tuple[dict[str, Any], ...]] = {
 """Fields with which a built-in does something, by its name."""
 PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "confidence": ({"above": 0.2}, {"measure": "entropy", "below": 1.5, "steps": 2}),
+    "diverse_beam_search": ({"groups": 2, "penalty": 0.5},),
     "repetition": ({"count": 2}, {"min_size": 2, "max_size": 3, "count": 2}),
 }
 """Its own parameters."""

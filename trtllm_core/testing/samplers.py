@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 
 from trtllm_core.config import SamplingConfig
-from trtllm_core.plugin import Sampler
+from trtllm_core.decoding.plan import offers
+from trtllm_core.plugin import Decoder, Sampler
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
+from trtllm_core.testing.generations import new_runner
 from trtllm_core.testing.kit import passed_over, require
 from trtllm_core.testing.lives import SLOTS, Life, Rig, Setting
-from trtllm_core.testing.slotkit import SlotConformance
+from trtllm_core.testing.searches import SearchChecks
 from trtllm_core.testing.subject import DECODER, Case
 
 
@@ -56,11 +58,26 @@ class SamplerRig(Rig[tuple[int, ...]]):
         return "" if one == other else f"it takes the tokens {one}, not {other}"
 
 
-class DecoderConformance(SlotConformance[SamplerRig]):
-    """Subclass it and set ``plugin``."""
+class DecoderConformance(SearchChecks[SamplerRig]):
+    """Subclass it and set ``plugin``: a sampler, or a decoder that owns branches."""
 
     kind = DECODER
     rig = SamplerRig
+    offers = offers(text=True)
+
+    def life(self, seed: int, chunk: int = 1, device: str = "cpu") -> Life[SamplerRig]:
+        """See ``SlotConformance``."""
+        if self.searches():
+            passed_over("it is no sampler: its branches are compared in whole requests")
+        return super().life(seed, chunk, device)
+
+    @classmethod
+    def begins(cls, case: Case) -> None:
+        """See ``SlotConformance``: a decoder needs a session."""
+        if isinstance(cls.subject().make(), Decoder):
+            new_runner(cls.setting()).generate([[1, 2]], case.sampling.replace(max_new_tokens=1))
+        else:
+            super().begins(case)
 
     def test_declarations(self) -> None:
         """Capabilities are what the core reads."""

@@ -85,7 +85,8 @@ class SlotConformance(Conformance, Generic[G]):
         """Why the requests to try are refused; empty where they are not. Found once for each kit."""
         if "_refusal" not in vars(cls):
             try:
-                Life(cls.rig(cls.setting()), cls.cases())
+                for case in cls.cases():
+                    cls.begins(case)
                 cls._refusal = ""
             except ConfigError as error:
                 cls._refusal = str(error)
@@ -115,6 +116,15 @@ class SlotConformance(Conformance, Generic[G]):
             branch = rig.branches[slot]
             text = f"text {list(branch.prompt)} + {list(branch.generated)}"
             require(not difference, f"{after}: {difference} (slot {slot}, {branch.case}, {text})")
+
+    @classmethod
+    def begins(cls, case: Case) -> None:
+        """A request begins.
+
+        Raises:
+            ConfigError: the plugin refuses it.
+        """
+        Life(cls.rig(cls.setting()), [case])
 
     def test_it_can_be_asked_for(self) -> None:
         """A request with these parameters and fields is planned, and begins."""
@@ -283,7 +293,7 @@ class SlotConformance(Conformance, Generic[G]):
         subject = self.subject()
         try:
             request = subject.request(params, self.sampling[0], self.setting().end_ids)
-            Life(self.rig(self.setting()), [Case(request, subject.planned(request).params, str(params))])
+            self.begins(Case(request, subject.planned(request).params, str(params)))
         except ConfigError:
             return True
         return False
