@@ -123,6 +123,19 @@ def test_the_hash_is_of_what_was_asked_and_who_does_it(cli: Callable, tiny_engin
     assert len({found(), found("--top-k", "4"), found("--top-k", "5"), found("--top-k", "4", "--stop", "END")}) == 4
 
 
+def test_explain_knows_searches_and_linear_caches(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "e"
+    shutil.copytree(tiny_engine, engine)
+    build = json.loads((engine / "config.json").read_text())["build"]
+    _change(engine, contract="padded_linear", build={**build, "max_beam_width": 3})
+    out = cli("explain", engine, "--set", "num_beams=3").stdout
+    for text in ("3 beams", "contiguous (trtllm-core ", "blocks of 128 tokens", "has up to 3, returns 3"):
+        assert text in out
+    assert "beam_search_diversity_rate=0.0" in out.replace("\n", "").replace(" ", "")
+    found = json.loads(cli("explain", engine, "--set", "num_beams=3", "--json").stdout)
+    assert found["branches"] == {"branches": 1, "max_branches": 3, "max_positions": 1, "returns": 3}
+
+
 def test_explain_has_the_hash_of_the_session(cli: Callable, tiny_engine: Path) -> None:
     from trtllm_core.config import SamplingConfig
 

@@ -45,7 +45,9 @@ def print_json(value: Any) -> None:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A table. Cells are text, never markup."""
-    table = Table(*headers, title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header, overflow="fold")  # a long word goes on in the next line, rather than lose its end
     for row in rows:
         table.add_row(*map(escape, row))
     stdout().print(table)

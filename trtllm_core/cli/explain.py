@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def explain(
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine that `trtllm-core build` made.")],
     sampling: SamplingOptions,
-    kv_policy: Annotated[str, typer.Option(help="Who would manage the KV cache.")] = "paged",
+    kv_policy: Annotated[str | None, typer.Option(help="Who would manage the KV cache.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain a request's pipeline: order, providers, who honours each field, what was left out. Loads no weights."""
@@ -43,14 +43,18 @@ def explain(
     _print_fields(plan, request)
 
 
-def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str) -> dict[str, Any]:
+def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str | None) -> dict[str, Any]:
     """What an engine is, and who provides its parts.
 
     Raises:
         PluginNotFoundError: there is no such KV policy.
     """
+    from trtllm_core.kv_cache.making import policy_name
+
     build = config.build
-    policy = plugins.kv_policies.get(kv_policy, plugins.missing_hint("kv_policy", kv_policy))
+    name = policy_name(kv_policy, config)
+    policy = plugins.kv_policies.get(name, plugins.missing_hint("kv_policy", name))
+    block = build.max_seq_len if config.contract == "padded_linear" else build.tokens_per_block
     family, backend = config.family, config.backend
     return {
         "family": f"{family.name} ({family.distribution} {family.version})",
@@ -59,9 +63,10 @@ def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str) -> dict
         "dtype": config.model.dtype,
         "kv_dtype": config.kv_dtype,
         "limits": f"{build.max_batch_size} sequences of {build.max_seq_len} tokens, prompts of {build.max_input_len}, "
+        f"{build.max_beam_width} beam{'s' if build.max_beam_width > 1 else ''}, "
         f"{build.max_num_tokens} tokens a step",
         "ranks": build.tp_size,
-        "kv_policy": f"{policy.name} ({policy.source}), blocks of {build.tokens_per_block} tokens",
+        "kv_policy": f"{policy.name} ({policy.source}), blocks of {block} tokens",
     }
 
 

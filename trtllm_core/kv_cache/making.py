@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_core.config import KVCacheConfig
+from trtllm_core.config import EngineConfig, KVCacheConfig
 from trtllm_core.errors import ConfigError, listing
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.plugin import Executable, KVBudget, KVPolicy, Plugins
 
 UNUSED = ("after_prefill", "after_step")
 """Verbs that the loop does not call: a policy that relies on one is refused rather than half used."""
+
+
+def policy_name(asked: str | None, engine: EngineConfig) -> str:
+    """The policy that manages an engine's cache where ``asked`` says nothing: ``contiguous`` over linear caches."""
+    return asked or ("contiguous" if engine.contract == "padded_linear" else "paged")
 
 
 def make_cache(
@@ -30,7 +35,7 @@ def make_cache(
     """
     build = executable.config.build
     linear = executable.capabilities.contract == "padded_linear"
-    name = config.policy or ("contiguous" if linear else "paged")
+    name = policy_name(config.policy, executable.config)
     policy = make_policy(name, config.options, plugins)
     needs = set(policy.needs - ({"tokens"} if history is not None else set()))
     needs |= {verb for verb in UNUSED if getattr(type(policy), verb) is not getattr(KVPolicy, verb)}
