@@ -16,7 +16,7 @@ import torch
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import BranchView, CachedBlock, CommitBatch, Stop
-from trtllm_core.testing.checkpoints import write_llama
+from trtllm_core.testing.checkpoints import write_llama, write_lora
 from trtllm_core.testing.markov import MarkovExecutable
 from trtllm_core.testing.vocabulary import byte_tokenizer
 
@@ -220,3 +220,18 @@ def test_many_ways() -> None:
         "mirostat",
     ]
     assert [len(beside) for beside in outputs[0].top_log_probs] == [2, 2, 2]
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """The page quotes the file, and the file runs: three kinds of requests in one batch, each with its own answer."""
+    page = (EXAMPLES.parent / "adapters.md").read_text(encoding="utf-8")
+    assert f"```python\n{(EXAMPLES / 'adapters.py').read_text(encoding='utf-8')}```" in page
+    build = BuildConfig(max_seq_len=64, max_lora_rank=4, max_prompt_embedding_table_size=8)
+    build_engine(write_llama(tmp_path / "hf"), tmp_path / "engine", build)
+    layers = {f"model.layers.{i}.self_attn.q_proj": (32, 32) for i in (0, 1)}
+    adapters = [write_lora(tmp_path / name, layers, seed=seed) for seed, name in enumerate(("en", "fr"))]
+    command = [sys.executable, EXAMPLES / "adapters.py", tmp_path / "engine", *adapters]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 4

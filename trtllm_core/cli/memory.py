@@ -28,15 +28,17 @@ class MemoryPlan:
     """max_batch_size of those: what the KV pool takes unless it is told otherwise."""
     logits: int
     """Logits of a step, raw and processed."""
+    lora: int = 0
+    """Adapters at the engine's limits, of layers that are all changed."""
 
     @property
     def total(self) -> int:
-        """Weights, KV pool and logits; activations come on top."""
-        return self.weights + self.kv_at_limits + self.logits
+        """Weights, KV pool, logits and adapters; activations come on top."""
+        return self.weights + self.kv_at_limits + self.logits + self.lora
 
     def sequences_in(self, memory: int) -> int:
-        """Sequences of max_seq_len that fit beside weights and logits."""
-        return max(memory - self.weights - self.logits, 0) // self.kv_per_sequence
+        """Sequences of max_seq_len that fit beside the rest."""
+        return max(memory - self.weights - self.logits - self.lora, 0) // self.kv_per_sequence
 
     def as_json(self, memory: int | None = None) -> dict[str, Any]:
         """All of it, for ``--json``."""
@@ -58,7 +60,16 @@ def plan_memory(config: EngineConfig, weights: list[int]) -> MemoryPlan:
         logits=(2 * build.max_branches + build.gather_context_logits * build.max_num_tokens)
         * config.vocab_size_padded
         * 4,
+        lora=_lora_bytes(config),
     )
+
+
+def _lora_bytes(config: EngineConfig) -> int:
+    """Of one rank, at most: the factors of each layer, as if none were split over the ranks."""
+    from trtllm_core.config.model import BYTES
+
+    features = sum(len(layer.rows) * layer.inputs + sum(layer.rows) for layer in config.lora_layers.values())
+    return config.build.max_loras * config.build.max_lora_rank * features * BYTES[config.model.dtype]
 
 
 def weight_bytes(config: EngineConfig, family: ModelFamily) -> list[int]:

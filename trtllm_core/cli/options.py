@@ -68,11 +68,26 @@ class BuildOptions:
     max_num_tokens: Annotated[int | None, _build("Most tokens that one step runs (default: 4096).")] = None
     tokens_per_block: Annotated[int | None, _build("Tokens of a KV block (default: 64).")] = None
     tp_size: Annotated[int | None, _build("Ranks that share each layer (default: 1).")] = None
+    gather_context_logits: Annotated[
+        bool | None, _option("Results carry the logits of every prompt token.", "Build", "--gather-context-logits")
+    ] = None
+    gather_generation_logits: Annotated[
+        bool | None,
+        _option("Results carry the logits that tokens come from.", "Build", "--gather-generation-logits"),
+    ] = None
+    max_prompt_embedding_table_size: Annotated[
+        int | None, _build("Most rows of a prompt table; 0 takes none (default: 0).")
+    ] = None
+    max_lora_rank: Annotated[int | None, _build("Largest rank of a LoRA adapter; 0 takes none (default: 0).")] = None
+    max_loras: Annotated[int | None, _build("Adapters that are loaded at once (default: 4).")] = None
+    lora_target_modules: Annotated[
+        list[str] | None, _build("A layer that adapters may change (default: all). May be repeated.", metavar="NAME")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """What was set, by option."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and value != []}
 
     def config(self) -> BuildConfig:
         """The build's config."""

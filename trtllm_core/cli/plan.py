@@ -79,6 +79,7 @@ def facts(config: EngineConfig, needed: MemoryPlan, memory: int | None = None) -
         ("KV per sequence", f"{size(needed.kv_per_sequence)} ({build.max_seq_len} tokens)"),
         ("KV at limits", f"{size(needed.kv_at_limits)} ({build.max_branches} sequences)"),
         ("logits", size(needed.logits)),
+        *([("LoRA adapters", f"{size(needed.lora)} at most")] if needed.lora else []),
         ("in all", f"{size(needed.total)}, and activations"),
     ]
     if ranks > 1:

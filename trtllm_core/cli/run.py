@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from trtllm_core.cli.adapters import AdapterOptions
 from trtllm_core.cli.console import print_error, print_facts, print_json, print_note, stderr, stdout
 from trtllm_core.cli.options import SamplingOptions, takes
 from trtllm_core.cli.prompts import encode, read_prompts
@@ -18,6 +19,7 @@ from trtllm_core.errors import ConfigError
 if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
     from trtllm_core.outputs import GenerationOutput
+    from trtllm_core.prompt_table import VirtualTokens
     from trtllm_core.runner import ModelRunner
 
 DEFAULT_NEW_TOKENS = 256
@@ -39,8 +41,8 @@ class LoadOptions:
         int | None, typer.Option(help="Room of the KV cache, in tokens.", rich_help_panel=_ENGINE)
     ] = None
 
-    def load(self, engine: Path, extra: Sequence[object] = ()) -> ModelRunner:
-        """The engine, loaded, with observers."""
+    def load(self, engine: Path, extra: Sequence[object] = (), **more: Any) -> ModelRunner:
+        """The engine, loaded, with observers. ``more`` are arguments of ``ModelRunner.from_dir``."""
         from trtllm_core.config import KVCacheConfig
         from trtllm_core.engine.directory import read_config
         from trtllm_core.plugin import Plugins
@@ -57,7 +59,7 @@ class LoadOptions:
         # Backends know different options: one that was not asked for is not passed.
         options: dict[str, Any] = {"device": self.device, "batch_invariant": self.batch_invariant}
         options = {name: value for name, value in options.items() if value}
-        return ModelRunner.from_dir(engine, kv_cache=cache, plugins=Plugins.load(extra=extra), **options)
+        return ModelRunner.from_dir(engine, kv_cache=cache, plugins=Plugins.load(extra=extra), **options, **more)
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ class Job:
     prompt: str
     tokens: list[int]
     sampling: SamplingConfig
+    uid: str | None = None
+    virtual: VirtualTokens | None = None
 
 
-@takes(sampling=SamplingOptions, loading=LoadOptions)
+@takes(sampling=SamplingOptions, loading=LoadOptions, adapters=AdapterOptions)
 def run(
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine that `trtllm-core build` made.")],
     sampling: SamplingOptions,
     loading: LoadOptions,
+    adapters: AdapterOptions,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]", help="Default: stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help='A prompt a line, or JSON lines with "prompt"; - is stdin.')] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes, prompt after prompt.")] = False,
@@ -90,8 +95,9 @@ def run(
     clock = StepClock()
     given = sampling.given()
     texts = read_prompts(prompts or [], file)
-    runner = loading.load(engine, [clock] if stats else [])
-    jobs = _jobs(runner, texts, given, chat, system)
+    uids = adapters.uids(len(texts))
+    runner = loading.load(engine, [clock] if stats else [], **adapters.loading())
+    jobs = _jobs(runner, texts, given, chat, system, uids, adapters)
     plan = runner.explain(jobs[0].sampling)
     for note in plan.notes:
         print_note(note)
@@ -105,7 +111,13 @@ def run(
 
 
 def _jobs(
-    runner: ModelRunner, prompts: Sequence[str], given: dict[str, Any], chat: bool | None, system: str | None
+    runner: ModelRunner,
+    prompts: Sequence[str],
+    given: dict[str, Any],
+    chat: bool | None,
+    system: str | None,
+    uids: Sequence[str | None],
+    adapters: AdapterOptions,
 ) -> list[Job]:
     """All prompts as tokens, each refused now if the engine cannot run it."""
     from trtllm_core.config import SamplingConfig
@@ -117,11 +129,14 @@ def _jobs(
         )
     ids = encode(tokenizer, prompts, tokenizer.has_chat_template if chat is None else chat, system)
     jobs = []
-    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
+    tables = adapters.tables(runner, len(prompts))
+    for number, (prompt, text, uid, virtual) in enumerate(zip(prompts, ids, uids, tables, strict=True), 1):
+        runner.generation.lora.find(uid)  # an adapter that is not there is refused before the first prompt
+        tokens = adapters.prepended(text, virtual)
         room = max(runner.max_sequence_length - len(tokens), 1)
         sampling = SamplingConfig(**{"max_new_tokens": min(DEFAULT_NEW_TOKENS, room), **given})
-        runner.check_prompt(tokens, sampling, f"prompt {number}")
-        jobs.append(Job(prompt, tokens, sampling))
+        runner.check_prompt(tokens, sampling, f"prompt {number}", virtual)
+        jobs.append(Job(prompt, tokens, sampling, uid, virtual))
     return jobs
 
 
@@ -144,10 +159,21 @@ def _batches(runner: ModelRunner, jobs: Sequence[Job], as_json: bool) -> bool:
 def _outputs(runner: ModelRunner, jobs: Sequence[Job]) -> Iterator[tuple[Job, GenerationOutput]]:
     most = runner.max_batch_size
     for batch in (jobs[start : start + most] for start in range(0, len(jobs), most)):
+        sampling = [job.sampling for job in batch]
         result = runner.generate(
-            [job.tokens for job in batch], [job.sampling for job in batch], text=True, return_dict=True
+            [job.tokens for job in batch], sampling, text=True, return_dict=True, **_conditions(batch)
         )
         yield from ((batch[int(output.request_id)], output) for output in result["outputs"])
+
+
+def _conditions(jobs: Sequence[Job]) -> dict[str, Any]:
+    """What ``generate`` is told of adapters and tables."""
+    out: dict[str, Any] = {}
+    if any(job.uid is not None for job in jobs):
+        out["lora_uids"] = [job.uid for job in jobs]
+    if any(job.virtual is not None for job in jobs):
+        out["prompt_table"] = [None if job.virtual is None else job.virtual.rows.unsqueeze(0) for job in jobs]
+    return out
 
 
 def _stream(runner: ModelRunner, jobs: Sequence[Job]) -> bool:
@@ -162,7 +188,7 @@ def _stream(runner: ModelRunner, jobs: Sequence[Job]) -> bool:
     for job in jobs:
         if len(jobs) > 1:
             _print_header(job)
-        for delta in runner.generate([job.tokens], job.sampling, streaming=True, text=True):
+        for delta in runner.generate([job.tokens], job.sampling, streaming=True, text=True, **_conditions([job])):
             typer.echo(delta.text, nl=False)
             if delta.error is not None:
                 failed = True

@@ -92,3 +92,18 @@ def write_byte_tokenizer(directory: Path, vocab_size: int = 256) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def write_lora(directory: Path, layers: dict[str, tuple[int, int]], rank: int = 4, seed: int = 0) -> Path:
+    """A random PEFT adapter. ``layers`` are names of a model's linear layers, with their input and output features."""
+    directory.mkdir(parents=True, exist_ok=True)
+    targets = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (inputs, outputs) in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _random((rank, inputs), random)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _random((outputs, rank), random)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory
