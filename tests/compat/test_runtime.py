@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core import BuildConfig
+from trtllm_core import BuildConfig, build_engine
 from trtllm_core import SamplingConfig as CoreConfig
 from trtllm_core.compat.tensorrt_llm import runtime
 from trtllm_core.compat.tensorrt_llm.builder import Engine, get_engine_version
@@ -437,6 +437,22 @@ def test_block_reuse(tiny):
         for _ in range(2)
     ]
     assert cached == [0, 32], "its full blocks"
+
+
+def test_gathered_logits(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="gather_generation_logits: the engine was not built with it"):
+        ModelRunnerCpp.from_dir(tiny / "engine", gather_generation_logits=True)
+    build = BuildConfig(max_batch_size=2, max_seq_len=32, gather_context_logits=True, gather_generation_logits=True)
+    build_engine(str(tiny / "checkpoint"), tmp_path / "engine", build)
+    runner = ModelRunnerCpp.from_dir(tmp_path / "engine", gather_generation_logits=True)
+    assert runner.gather_context_logits
+    prompts = [torch.tensor([5, 9, 13]), torch.tensor([8])]
+    result = runner.generate(prompts, max_new_tokens=4, end_id=-1, return_dict=True)
+    assert [tuple(logits.shape) for logits in result["context_logits"]] == [(3, 256), (1, 256)]
+    assert result["generation_logits"].shape == (2, 1, 4, 256)
+    ids = result["output_ids"]
+    assert ids[0, 0, 3:7].tolist() == result["generation_logits"][0, 0].argmax(-1).tolist()
+    assert int(result["context_logits"][1][-1].argmax()) == ids[1, 0, 1]
 
 
 # -- GenerationSession -------------------------------------------------------------------------------------------------

@@ -310,4 +310,6 @@ def _to(result: Any, device: torch.device) -> Any:
     """Tensors of a result, on the engine's device, where they were."""
     if isinstance(result, torch.Tensor):
         return result.to(device)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in result.items()}
+    if isinstance(result, list):
+        return [_to(each, device) for each in result]
+    return {name: _to(value, device) for name, value in result.items()} if isinstance(result, dict) else result

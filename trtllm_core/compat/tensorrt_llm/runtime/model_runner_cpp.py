@@ -52,6 +52,7 @@ class ModelRunnerCpp(ModelRunner):
         max_tokens_in_paged_kv_cache: int | None = None,
         kv_cache_enable_block_reuse: bool = False,
         logits_processor_map: Mapping[str, Callable[..., None]] | None = None,
+        gather_generation_logits: bool = False,
         debug_mode: bool = False,
         **rest: Any,
     ) -> Self:
@@ -63,6 +64,7 @@ class ModelRunnerCpp(ModelRunner):
             max_tokens_in_paged_kv_cache: room in the KV cache.
             kv_cache_enable_block_reuse: take the policy ``prefix``, under which prompts reuse what others computed.
             logits_processor_map: functions that requests choose by name.
+            gather_generation_logits: results have them if the engine was built so; else this is refused.
             rest: ``HINTS``, and what must be left at its default.
 
         Raises:
@@ -73,6 +75,8 @@ class ModelRunnerCpp(ModelRunner):
         policy = "prefix" if kv_cache_enable_block_reuse else "paged"
         cache = KVCacheConfig(policy=policy, max_tokens=max_tokens_in_paged_kv_cache)
         runner = super().from_dir(engine_dir, lora_dir, rank, debug_mode, kv_cache=cache)
+        if gather_generation_logits and not runner.gather_generation_logits:
+            raise ConfigError("gather_generation_logits: the engine was not built with it")
         given = {"max_batch_size": max_batch_size, "max_input_len": max_input_len, "max_beam_width": max_beam_width}
         for name, value in given.items():
             runner._lower(name, value)
