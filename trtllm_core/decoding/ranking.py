@@ -104,17 +104,19 @@ def _on_host(tensor: torch.Tensor) -> bool:
 
 def _radix(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """``crossing``, from the highest digit of the value to the lowest; of equal values the right one is counted off."""
-    keys = _sortable(values).long() + 2**31
+    keys = _sortable(values).long().add_(2**31)
     value = torch.zeros_like(target)
+    digits, counted = torch.empty_like(keys), torch.empty_like(weights)  # reused: fresh memory is dear
     for shift in range(2 * _DIGIT, -1, -_DIGIT):
-        inside = keys >> (shift + _DIGIT) == value
-        digits = (keys >> shift) & ((1 << _DIGIT) - 1)
-        by_digit = weights.new_zeros(len(values), 1 << _DIGIT).scatter_add_(1, digits, weights * inside).flip(1)
+        inside = torch.bitwise_right_shift(keys, shift + _DIGIT, out=digits) == value
+        torch.mul(weights, inside, out=counted)
+        torch.bitwise_right_shift(keys, shift, out=digits).bitwise_and_((1 << _DIGIT) - 1)
+        by_digit = weights.new_zeros(len(values), 1 << _DIGIT).scatter_add_(1, digits, counted).flip(1)
         sums = by_digit.cumsum(dim=1)
         place = reaches(sums, target)
         target = target - (sums - by_digit).gather(1, place)
         value = (value << _DIGIT) + ((1 << _DIGIT) - 1 - place)
-    return reaches((weights * (keys == value)).cumsum(dim=1), target)
+    return reaches(torch.mul(weights, keys == value, out=counted).cumsum_(dim=1), target)
 
 
 def _sortable(values: torch.Tensor) -> torch.Tensor:

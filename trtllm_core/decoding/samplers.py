@@ -58,9 +58,18 @@ class Multinomial(Sampler):
 
 
 def draw(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Walk tokens by id until ``share`` (float32 ``[n, 1]`` in (0, 1]) of all ``weights`` (int64 ``[n, vocab]``) is
-    reached: int64 ``[n, 1]``. With a uniform share, a token's probability is its part of the weights."""
-    sums = weights.cumsum(dim=1)
+    """Walk tokens by id until ``share`` (float32 ``[n, 1]`` in (0, 1]) of all ``weights`` is reached.
+
+    With a uniform share, a token's probability is its part of the weights.
+
+    Args:
+        weights: int64 ``[n, vocab]``; afterwards their running sums: a second tensor of this size is dear.
+        share: as above.
+
+    Returns:
+        int64 ``[n, 1]``.
+    """
+    sums = weights.cumsum_(dim=1)
     return reaches(sums, part(share, sums[:, -1:]))
 
 
@@ -150,15 +159,13 @@ class TopKTopP(Sampler):
         tokens = torch.zeros_like(k)
         if self._searches or self._walks:
             weights = masses(logits)
-            sums = weights.cumsum(dim=1)
-            target = part(share, sums[:, -1:])
-            if self._walks:
-                tokens = reaches(sums, target)
+            nucleus = self._nucleus[batch.slot].unsqueeze(1)
             if self._searches:
-                nucleus = self._nucleus[batch.slot].unsqueeze(1)
+                target = part(share, weights.sum(dim=1, keepdim=True))
                 # A row that does not search is done at its first token.
-                found = crossing(logits, weights, torch.where(nucleus, target, 1))
-                tokens = torch.where(nucleus, found, tokens)
+                tokens = crossing(logits, weights, torch.where(nucleus, target, 1))
+            if self._walks:
+                tokens = torch.where(nucleus, tokens, draw(weights, share))
         if self._width:
             ids = largest(logits, self._width)
             sums = masses(logits.gather(1, ids)).cumsum(dim=1)
