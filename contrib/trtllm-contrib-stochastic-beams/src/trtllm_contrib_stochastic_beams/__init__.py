@@ -1,0 +1,1 @@
+"""Stochastic beam search: samples without replacement, and what they estimate."""
