@@ -82,12 +82,18 @@ class GenerationSession(EngineProperties):
         self.kv_config = kv_cache or KVCacheConfig()
         ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
         token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
-        planner = Planner(self.plugins, offers(token_bytes is not None), self.config.build)
+        planner = Planner(
+            self.plugins,
+            offers(token_bytes is not None, self.session.engine.capabilities.multi_position),
+            self.config.build,
+        )
         share = self.session.engine.broadcast
         branches = BranchTable(
             self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
         )
         cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
+        if cache.plan.window is not None:
+            planner.offers -= {"kv_rewind"}
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self.lora = LoraManager(self.session, self.plugins, TensorParallel(self.mapping.tp_rank, self.mapping.tp_size))
         self._batch = StaticBatch(self.loop, self.lora)

@@ -12,6 +12,8 @@ import torch
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.committing import commit
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.positions import Positions, with_copies
+from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
@@ -30,6 +32,8 @@ class Rows:
     """int64 ``[rows]``."""
     asking: np.ndarray
     """bool ``[rows]``: rows whose last known token is among them, so that a next one can be chosen."""
+    drafts: np.ndarray | None = None
+    """int64 ``[asking]``: how many of the tokens are drafts, behind the last known one; None: none."""
 
 
 class StepLoop:
@@ -87,14 +91,17 @@ class StepLoop:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], counts: Sequence[int]) -> list[Delta]:
-        """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them."""
+        """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them.
+
+        A branch may run more than it has: drafts that ``propose`` found. Then it gets as many tokens as are accepted.
+        """
         started = time.perf_counter()
         rows = self._rows(slots, counts)
         generation = self._generation_tokens(rows) if self.plugins.observes_steps else 0
         self.cache.extend(rows.slots, rows.counts)
         logits = self._run(rows)
         self.cache.commit(rows.slots, rows.counts)
-        deltas = self._choose(rows.slots[rows.asking].tolist(), logits) if rows.asking.any() else []
+        deltas = self._choose(rows, logits) if rows.asking.any() else []
         self._observe(rows, generation, started)
         return deltas
 
@@ -105,24 +112,52 @@ class StepLoop:
         self._release()
         return deltas
 
-    def _choose(self, slots: list[int], logits: torch.Tensor) -> list[Delta]:
-        """Next tokens for ``slots`` from their raw logits, float32 ``[n, vocab_size_padded]``."""
-        branches = self.branches
-        if branches.unborn and (origin := branches.born(slots, self.cache)) is not None:
-            logits = logits[origin]
-        slot, offset = torch.tensor(slots).to(self.session.device, non_blocking=True), self._offsets[: len(slots)]
-        branches.gathering.note(slots, logits)
-        branches.pipeline.prepare(slots)
+    @torch.inference_mode()
+    def propose(self, slots: Sequence[int]) -> np.ndarray:
+        """Ask for drafts for branches that generate, where their requests may verify some, before ``step``.
+
+        Returns:
+            int64: how many tokens each slot may run beside those that it has. A step may run fewer.
+        """
+        propose(self.branches, slots)
+        return self.branches.drafts.counts[np.asarray(slots, np.int64)]
+
+    def _choose(self, rows: Rows, logits: torch.Tensor) -> list[Delta]:
+        """Next tokens for the asking rows from their raw logits, float32 ``[n, vocab_size_padded]``."""
+        branches, slots, drafts = self.branches, rows.slots[rows.asking].tolist(), rows.drafts
+        if branches.unborn and (parents := branches.born(slots, self.cache)):
+            logits, drafts = with_copies(logits, drafts, parents)
+        at = self._positions(slots, drafts)
+        branches.gathering.note(at.slots_by_position, logits)
+        branches.pipeline.prepare(at)
         scored = branches.wants_log_probs
-        processed, scores = branches.pipeline.apply(logits, slot, offset, scored=scored)
+        processed, scores = branches.pipeline.apply(logits, at.slot, at.offset, at.draft, scored)
         # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
         looks = branches.rules.wants_logits or (scored and scores is processed)
-        given = processed.clone() if looks else processed
-        choice = branches.choosers.select(given, slot, offset, slots)
+        choice = branches.choosers.select(processed.clone() if looks else processed, at)
         verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, processed, choice.source)
         deltas = commit(branches, self.cache, branches.settle(choice, verdict, scores))
+        if drafts is not None:
+            self._take_back(np.array(slots), drafts)
         self._release()
         return deltas
+
+    def _positions(self, slots: list[int], drafts: np.ndarray | None) -> Positions:
+        if drafts is not None:
+            return self.branches.drafts.positions(slots, drafts.tolist())
+        slot = torch.tensor(slots).to(self.session.device, non_blocking=True)
+        return Positions(slots, slot, self._offsets[: len(slots)])
+
+    def _take_back(self, slots: np.ndarray, drafts: np.ndarray) -> None:
+        """Drafts that were run and not accepted leave the cache."""
+        over = self.cache.cached[slots] - self.branches.slots.lengths[slots] + 1
+        for slot, drafted, refused in zip(slots.tolist(), drafts.tolist(), over.tolist(), strict=True):
+            owner = self.branches.owners[slot]
+            owner.drafted += drafted
+            owner.accepted += max(drafted - refused, 0)
+        going = (over > 0) & np.isin(slots, list(self.branches.live))
+        if going.any():
+            self.cache.rewind(slots[going], over[going])
 
     def _release(self) -> None:
         """What has ended leaves: its slots and blocks are free at once. What ended well is left for others to reuse."""
@@ -136,12 +171,19 @@ class StepLoop:
 
     def _rows(self, slots: Sequence[int], counts: Sequence[int]) -> Rows:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
-        left = self.branches.slots.lengths[slot] - self.cache.cached[slot] - count
-        assert (left >= 0).all(), "a step cannot run tokens that are not there"
-        return Rows(slot, count, left == 0)
+        known = self.branches.slots.lengths[slot]
+        left = known - self.cache.cached[slot] - count
+        if left.min() >= 0:
+            return Rows(slot, count, left == 0)
+        for each, length, drafted in zip(slots, known.tolist(), (-left).tolist(), strict=True):
+            if drafted > 0:
+                assert drafted <= self.branches.drafts.counts[each], "a step cannot run tokens that are not there"
+                self.branches.slots.tokens[each, length : length + drafted] = self.branches.drafts.of(each, drafted)
+        asking = left <= 0
+        return Rows(slot, count, asking, -left[asking])
 
     def _run(self, rows: Rows) -> torch.Tensor:
-        """Logits of the asking rows, float32 ``[n, vocab_size_padded]``."""
+        """Logits of the asking rows' positions, float32 ``[n, vocab_size_padded]``."""
         past = self.cache.cached[rows.slots]
         ends = np.cumsum(rows.counts)
         row = np.repeat(np.arange(len(rows.slots)), rows.counts)
@@ -149,6 +191,8 @@ class StepLoop:
         ids = self.branches.slots.tokens[rows.slots[row], position]
         further = self.branches.conditions.inputs(rows.slots, row, ids)
         asked = ends[rows.asking] - 1
+        if rows.drafts is not None:
+            asked = np.concatenate([np.arange(e - d, e + 1) for e, d in zip(asked, rows.drafts, strict=True)])
         owner, gathering = rows.slots[row], self.branches.gathering
         kept = gathering.asked(owner, position)
         given = asked if kept is None else np.union1d(asked, kept)
@@ -160,6 +204,8 @@ class StepLoop:
             "block_tables": self.cache.tables[rows.slots],
             "logits_indices": given,
         }
+        if kept is None and len(given) > len(self._logits):  # a verify step, with more positions than any before
+            self._logits = self._logits.new_zeros(1 << (len(given) - 1).bit_length(), self._logits.shape[1])
         logits = self._logits[: len(given)]
         if kept is not None:
             logits = torch.empty(len(given), self._logits.shape[1], device=self.session.device)

@@ -46,6 +46,10 @@ class GenerationOutput:
     """The stop string or word that ended it, where one did."""
     cached_prompt_tokens: int = 0
     """Tokens of the prompt that were in the KV cache already: computing began after them."""
+    drafted_tokens: int = 0
+    """Tokens that were run on trial, for all sequences of the request."""
+    accepted_tokens: int = 0
+    """Those of them that became text."""
     preemptions: int = 0
     """How often its request had to give its cache back, and to compute its text anew."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
@@ -84,6 +88,8 @@ def outputs_of(live: LiveRequest) -> list[GenerationOutput]:
             error=live.error if one.reason == "plugin_error" else None,
             matched=None if one.stop is None else one.stop.matched,
             cached_prompt_tokens=live.cached_prompt,
+            drafted_tokens=live.drafted,
+            accepted_tokens=live.accepted,
             preemptions=live.preemptions,
             plugin_seconds=live.plugin_seconds,
             request_id=request.request_id,

@@ -73,8 +73,7 @@ class StaticBatch:
             beside.update({item.key: item for item in plan.processors})
             most = plan.branching.max_branches
             self._loop.cache.check(prompt, sampling.max_new_tokens, sampling.cache_priority, most)
-            draws = not plan.decoder.plugin.capabilities.greedy  # type: ignore[attr-defined]
-            if ranks > 1 and draws and request.sampling.random_seed is None:
+            if ranks > 1 and not plan.greedy and request.sampling.random_seed is None:
                 raise ConfigError(
                     f"give random_seed: decoder {plan.decoder.name!r} draws, and {ranks} ranks must draw alike"
                 )
@@ -115,6 +114,8 @@ class StaticBatch:
         Raises:
             CapacityError: there is no room even for the first one alone.
         """
+        if self._branches.verifying:
+            self._loop.propose(self._generating(live))
         while True:
             slots, counts = self._schedule(live)
             try:
@@ -141,7 +142,8 @@ class StaticBatch:
             self._tell_end(live)
 
     def _schedule(self, live: Sequence[LiveRequest]) -> tuple[list[int], list[int]]:
-        """Who runs how many tokens: the next one of all that generate, then prompts, cut to the step's budget."""
+        """Who runs how many tokens: the next one of all that generate, then prompts, then drafts, cut to the step's
+        budget."""
         known, cached = self._branches.slots.lengths, self._loop.cache.cached
         left = self._budget
         running = [branch.slot for one in live if not one.put_off for branch in one.running]
@@ -153,7 +155,19 @@ class StaticBatch:
                 slots.append(running[i])
                 counts.append(count)
                 left -= count
+        if self._branches.verifying:
+            for place, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+                more = min(int(self._branches.drafts.counts[slot]), left)
+                if more and count == known[slot] - cached[slot]:
+                    counts[place] += more
+                    left -= more
         return slots, counts
+
+    def _generating(self, live: Sequence[LiveRequest]) -> list[int]:
+        """Slots that lack one token in the cache, their last."""
+        known, cached = self._branches.slots.lengths, self._loop.cache.cached
+        running = (branch.slot for one in live if not one.put_off for branch in one.running)
+        return [slot for slot in running if known[slot] - cached[slot] == 1]
 
     def _tell_end(self, live: LiveRequest) -> None:
         request = live.request

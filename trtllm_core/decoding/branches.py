@@ -15,9 +15,11 @@ from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.conditions import Conditions
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
 from trtllm_core.decoding.gathering import Gathering, PromptScores
+from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.plan import Plan, PlanItem, Planner
+from trtllm_core.decoding.positions import Drafts
 from trtllm_core.decoding.random import slot_key
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.decoding.slots import Slots
@@ -58,7 +60,8 @@ class BranchTable:
         self.gathering = Gathering()
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
-        self.choosers = Choosers(context)
+        self.samplers = Samplers(context)
+        self.choosers = Choosers(context, Host(self.pipeline, self.samplers))
         self.rules = StoppingRules(context, history)
         self.live: dict[int, Branch] = {}
         """The branches that run, by slot."""
@@ -66,13 +69,16 @@ class BranchTable:
         """The requests, by slot, resting slots included."""
         self.unborn: dict[int, LiveRequest] = {}
         """Requests with branches that begin when the prompt is through, by the slot that runs it."""
+        self.verifying: set[int] = set()
+        """Slots of requests that may verify drafts."""
+        self.drafts = Drafts(build.max_branches, device)
         self._token_bytes = token_bytes
         self._left: list[int] = []
 
     @property
-    def stages(self) -> tuple[Stages, Stages, Stages]:  # type: ignore[type-arg]
-        """The three kinds of plugins at work."""
-        return self.pipeline, self.choosers, self.rules
+    def stages(self) -> tuple[Stages, ...]:  # type: ignore[type-arg]
+        """The kinds of plugins at work."""
+        return self.pipeline, self.samplers, self.choosers, self.rules
 
     @property
     def wants_log_probs(self) -> bool:
@@ -111,7 +117,8 @@ class BranchTable:
             else:
                 context = self.slots.context
                 scores = PromptScores.of(request, context.vocab_size, context.vocab_size_padded)
-                live = LiveRequest(request, plan, slots, scores, hits[0])
+                most = min(len(request.prompt) + sampling.max_new_tokens, context.max_seq_len)
+                live = LiveRequest(request, plan, slots, most, scores, hits[0])
                 self._begin(live)
         except BaseException:
             self._give_back(slots, admitted, cache)
@@ -156,6 +163,8 @@ class BranchTable:
         end_ids = self.end_ids if request.sampling.end_id is None else request.sampling.end_id
         for number, slot in enumerate(live.slots):
             self.owners[slot] = live
+            if plan.positions > 1:
+                self.verifying.add(slot)
             self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
             self.conditions.begin(slot, request)
             self.gathering.begin(slot, request, None if number else live.scores)
@@ -173,6 +182,8 @@ class BranchTable:
                     request.request_id, number, slot, request.prompt, request.sampling, end_ids, request.seed
                 )
                 self.pipeline.begin(plan.processors, view)
+                if plan.sampler is not None:
+                    self.samplers.begin((plan.sampler,), view)
                 self.choosers.begin((plan.decoder,), view)
                 self.rules.begin(plan.criteria, view)
         except PluginError as error:
@@ -184,16 +195,16 @@ class BranchTable:
         if admitted:
             cache.release(np.array(admitted))
 
-    def born(self, slots: list[int], cache: KVCache) -> list[int] | None:
+    def born(self, slots: list[int], cache: KVCache) -> list[int]:
         """Prompts are through: the other branches of their requests begin, and share the prompt's cache.
 
-        They were begun like the first, so that nothing but the cache is forked.
+        They were begun like the first, so that nothing but the cache is forked. The slots that begin are appended to
+        ``slots``.
 
         Returns:
-            For each row of the step from now on, which row of ``slots`` its logits are; None: nothing has changed.
-            The slots that begin are appended to ``slots``.
+            For each of them, the place in ``slots`` of the branch whose logits are theirs, too.
         """
-        rows = list(range(len(slots)))
+        rows: list[int] = []
         src, dst = [], []
         for row, slot in enumerate(tuple(slots)):
             live = self.unborn.pop(slot, None)
@@ -206,10 +217,9 @@ class BranchTable:
                 rows.append(row)
             live.running += live.unborn
             live.unborn = []
-        if not dst:
-            return None
-        cache.fork(np.array(src), np.array(dst))
-        slots += dst
+        if dst:
+            cache.fork(np.array(src), np.array(dst))
+            slots += dst
         return rows
 
     # -- ending --------------------------------------------------------------------------------------------------
@@ -270,6 +280,7 @@ class BranchTable:
         owner = self.owners.pop(slot, None)
         self.live.pop(slot, None)
         self.unborn.pop(slot, None)
+        self.verifying.discard(slot)
         for stages in self.stages:
             for name, seconds in stages.end(slot).items():
                 if owner is not None:

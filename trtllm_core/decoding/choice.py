@@ -75,5 +75,5 @@ class Outcome:
     found: Sequence[Found] = ()
     scores: Scores | None = None
     """Where the tokens came from; None where no criterion needs it."""
-    likeliest: Sequence[Mapping[int, float]] | None = None
-    """Of the rows that belong to no search, the likeliest tokens beside the first new one; None: nobody asked."""
+    likeliest: Sequence[Sequence[Mapping[int, float]]] | None = None
+    """Of the rows that belong to no search, the likeliest tokens beside each new one; None: nobody asked."""

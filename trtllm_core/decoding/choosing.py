@@ -9,13 +9,24 @@ import torch
 
 from trtllm_core.decoding.choice import Choice, Outcome, Search
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.positions import Positions
 from trtllm_core.decoding.samplers import log_probs
 from trtllm_core.decoding.scoring import Likeliest, likeliest, scored
 from trtllm_core.decoding.searching import check_candidates, settle, with_searches
 from trtllm_core.decoding.stages import Stages
 from trtllm_core.decoding.stopping import Verdict
+from trtllm_core.decoding.verifying import accept_equal, checked_tokens
 from trtllm_core.errors import PluginContractError, PluginError
-from trtllm_core.plugin import Candidates, Decoder, DecodingContext, Hypothesis, LogitsBatch, Sampler, Selection
+from trtllm_core.plugin import (
+    Candidates,
+    Decoder,
+    DecoderHost,
+    DecodingContext,
+    Hypothesis,
+    LogitsBatch,
+    Sampler,
+    Selection,
+)
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.plugin.views import BranchView, CommitBatch
@@ -52,54 +63,55 @@ class SamplingDecoder(Decoder):
 
     def select(self, logits: torch.Tensor, batch: LogitsBatch) -> Selection:
         """See ``Decoder``."""
-        tokens = self.sampler.sample(logits, batch)
-        if not isinstance(tokens, torch.Tensor) or tokens.shape != batch.slot.shape:
-            raise PluginContractError(f"sampler returned {tokens!r}, not one token for each of {len(batch.slot)} rows")
+        tokens = checked_tokens(self.sampler.sample(logits, batch), batch)
+        if batch.starts is not None:
+            return accept_equal(tokens, batch)
         return Selection(tokens.unsqueeze(1), self._ones[: len(tokens)])
-
-
-def _wrap(plugin: SlotPlugin) -> Decoder:
-    if isinstance(plugin, Sampler):
-        return SamplingDecoder(plugin)
-    assert isinstance(plugin, Decoder)
-    return plugin
 
 
 class Choosers(Stages[Decoder]):
     """The decoders of a session. Nearly always there is one, and then nothing is merged."""
 
-    def __init__(self, context: DecodingContext) -> None:
-        super().__init__(context, _wrap)
+    def __init__(self, context: DecodingContext, host: DecoderHost) -> None:
+        def wrap(plugin: SlotPlugin) -> Decoder:
+            if isinstance(plugin, Sampler):
+                return SamplingDecoder(plugin)
+            assert isinstance(plugin, Decoder)
+            plugin.host = host
+            return plugin
 
-    def select(self, logits: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor, slots: list[int]) -> Choice:
+        super().__init__(context, wrap)
+
+    def select(self, logits: torch.Tensor, at: Positions) -> Choice:
         """Tokens for processed ``logits`` (float32 ``[n, vocab_size_padded]``, which may be overwritten).
 
-        Rows whose decoder failed get no token.
+        Branches whose decoder failed get no token.
         """
-        alone = len(self.live) == 1
+        alone, branch = len(self.live) == 1, at.branch
         parts: list[tuple[torch.Tensor, Selection]] = []
         searches: list[Search] = []
         for stage in self.live:
-            if not alone and stage.members.isdisjoint(slots):
+            if not alone and stage.members.isdisjoint(at.slots):
                 continue
-            batch = LogitsBatch(self.context, slot, offset, stage.flags[slot])
+            batch = at.batch(self.context, stage.flags)
             try:
                 chosen = stage.call(stage.plugin.select, logits if alone else logits.clone(), batch)
                 if isinstance(chosen, Candidates):
-                    slots_of = check_candidates(stage.name, chosen, slot, stage.members)
-                    asked = [each for each in slots if each in stage.members]
+                    asked = [each for each in at.slots if each in stage.members]
+                    slots_of = check_candidates(stage.name, chosen, branch, stage.members)
                     searches.append(Search(stage, chosen, slots_of, asked))
                 else:
-                    parts.append((batch.active, _checked(stage.name, chosen, slot)))
+                    active = batch.active if at.starts is None else batch.active[at.starts]
+                    parts.append((active, _checked(stage.name, chosen, branch)))
             except PluginError as error:
-                self._fail(stage, error)
+                self.fail(stage, error)
         if not parts:
-            nothing = torch.zeros_like(slot)
+            nothing = torch.zeros_like(branch)
             selection = Selection(nothing.unsqueeze(1), nothing)
         else:
-            selection = parts[0][1] if alone else _merge(parts, logits)
-        choice = Choice(slot, slots, selection)
-        return with_searches(choice, searches) if searches else choice
+            selection = parts[0][1] if alone else _merge(parts, logits, at)
+        choice = Choice(branch, at.slots, selection, source=at.source(selection.tokens.shape[1]))
+        return with_searches(choice, searches, at) if searches else choice
 
     def settle(
         self, choice: Choice, verdict: Verdict, scores: torch.Tensor | None, owners: Mapping[int, LiveRequest]
@@ -128,7 +140,7 @@ class Choosers(Stages[Decoder]):
             )
         outcome, failed = settle(choice, verdict, told, owners)
         for stage, error in failed:
-            self._fail(stage, error)
+            self.fail(stage, error)
         return replace(outcome, likeliest=beside)
 
     def finalize(self, live: LiveRequest) -> tuple[Hypothesis, ...]:
@@ -147,15 +159,19 @@ class Choosers(Stages[Decoder]):
     @staticmethod
     def _log_probs(
         choice: Choice, scores: torch.Tensor, owners: Mapping[int, LiveRequest]
-    ) -> tuple[list[list[float]], list[Likeliest]]:
-        """Of the rows that belong to no search; and the likeliest tokens beside the first of each."""
-        tokens, given = choice.selection.tokens, choice.selection.log_probs
+    ) -> tuple[list[list[float]], list[list[Likeliest]]]:
+        """Of the rows that belong to no search: of each token, and of the likeliest beside it."""
         plain = len(choice.slots) - sum(len(search.slots) for search in choice.searches)
+        tokens, given = choice.selection.tokens[:plain], choice.selection.log_probs
+        samplings, width = [owners[slot].request.sampling for slot in choice.slots[:plain]], tokens.shape[1]
         if choice.source is not None:
-            scores, tokens = scores[choice.source[:plain, 0]], tokens[:plain]
-        samplings = [owners[slot].request.sampling for slot in choice.slots[:plain]]
-        told = scored(scores, tokens, samplings) if given is None else given
-        return told.tolist(), likeliest(scores, samplings)
+            scores = scores[choice.source[:plain].reshape(-1)]
+        each = [sampling for sampling in samplings for _ in range(width)] if choice.source is not None else samplings
+        if given is None:
+            given = scored(scores, tokens.reshape(len(scores), -1), each).view(tokens.shape)
+        beside = likeliest(scores, each)
+        per_row = len(beside) // max(plain, 1)
+        return given.tolist(), [beside[row * per_row : (row + 1) * per_row] for row in range(plain)]
 
 
 def _checked(name: str, selection: Selection, slot: torch.Tensor) -> Selection:
@@ -190,7 +206,7 @@ def _described(thing: object) -> str:
     return f"{thing.dtype} {list(thing.shape)} on {thing.device}"
 
 
-def _merge(parts: Sequence[tuple[torch.Tensor, Selection]], logits: torch.Tensor) -> Selection:
+def _merge(parts: Sequence[tuple[torch.Tensor, Selection]], logits: torch.Tensor, at: Positions) -> Selection:
     width = max(selection.tokens.shape[1] for _, selection in parts)
     tokens = parts[0][1].tokens.new_zeros(parts[0][1].tokens.shape[0], width)
     counts = torch.zeros_like(parts[0][1].counts)
@@ -201,7 +217,7 @@ def _merge(parts: Sequence[tuple[torch.Tensor, Selection]], logits: torch.Tensor
     if all(selection.log_probs is None for _, selection in parts):
         return Selection(tokens, counts)
     # What a decoder says of its own tokens stands; for the others it is what the loop would have computed.
-    chances = log_probs(logits, tokens)
+    chances = log_probs(logits, tokens, at.source(width))
     for active, selection in parts:
         if selection.log_probs is not None:
             given = torch.nn.functional.pad(selection.log_probs, (0, width - selection.log_probs.shape[1]))

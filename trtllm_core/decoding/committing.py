@@ -119,7 +119,7 @@ def _beside(live: LiveRequest, outcome: Outcome, row: int, tokens: list[int]) ->
     """The likeliest tokens beside each new one of a row, where its request wants some."""
     if outcome.likeliest is None or row >= len(outcome.likeliest) or not live.request.sampling.num_logprobs:
         return []
-    return [outcome.likeliest[row]][: len(tokens)]
+    return list(outcome.likeliest[row][: len(tokens)])
 
 
 def _held(table: BranchTable, slot: int, stop: Stop | None) -> int:

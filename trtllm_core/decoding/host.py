@@ -110,6 +110,8 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         """Whether it has the mask-only form."""
         self.processes = kind.process is not HostLogitsProcessor.process
         """Whether it must see the logits."""
+        self.forces = kind.forced is not HostLogitsProcessor.forced
+        """Whether it may know tokens in advance."""
         self._prepared: tuple[list[HostRow | None], list[int]] | None = None  # positions, and which have a mask
 
     def setup(self, context: DecodingContext) -> None:

@@ -81,6 +81,8 @@ class LiveRequest:
     plan: Plan
     slots: tuple[int, ...]
     """By branch number: all that were set aside, resting ones included."""
+    most: int = 0
+    """Tokens that a sequence can have, prompt included."""
     scores: PromptScores | None = None
     """Logits and log-probabilities of its prompt, where it wants them."""
     cached_prompt: int = 0
@@ -101,6 +103,10 @@ class LiveRequest:
     """By sequence, where branches are ranked: the branch that deltas have told under its number, and how much of its
     tokens and text."""
     error: Exception | None = None
+    drafted: int = 0
+    """Drafts that ran."""
+    accepted: int = 0
+    """Drafts that became text."""
     plugin_seconds: dict[str, float] = field(default_factory=dict)
     """Its part of each plugin's host time: filled when its branches leave their slots."""
 

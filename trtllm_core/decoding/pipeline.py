@@ -11,6 +11,7 @@ import torch
 from trtllm_core.decoding.host import HostProcessorAdapter, HostRow
 from trtllm_core.decoding.order import PRESETS, merged, ordered
 from trtllm_core.decoding.plan import PlanItem
+from trtllm_core.decoding.positions import Positions
 from trtllm_core.decoding.stages import Stage, Stages
 from trtllm_core.errors import PluginContractError, PluginError
 from trtllm_core.plugin import (
@@ -109,7 +110,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         here = [self._presets.get(slot) in presets for slot in range(self.context.slots)]
         return torch.tensor(here, device=self.context.device)
 
-    def prepare(self, slots: Sequence[int]) -> None:
+    def prepare(self, at: Positions) -> None:
         """Let the host processors fill their masks for the positions of the next ``apply``, while the engine runs.
 
         One that stands at several places, for rows of several presets, does so when its turns come.
@@ -117,12 +118,12 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         for stage in self.live:
             once = sum(each.stage is stage for each in self._passes) == 1
             if isinstance(stage.plugin, HostProcessorAdapter) and once:
-                rows = [HostRow(slot) if slot in stage.members else None for slot in slots]
+                rows = _host_rows(at, stage.members)
                 try:
                     stage.call(stage.plugin.prepare, rows)
                     self._fail_branches(stage)
                 except PluginError as error:
-                    self._fail(stage, error)
+                    self.fail(stage, error)
                     self._broken.append(stage)
 
     def apply(
@@ -143,6 +144,8 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         passes = [each for each in self._passes if each.stage not in self._broken]
         self._broken.clear()
         while passes:
+            if len(raw) > len(self._work):  # a verify step, with more positions than any before
+                self._work = torch.empty(1 << (len(raw) - 1).bit_length(), raw.shape[1], device=raw.device)
             logits, scores = self._work[: raw.shape[0]].copy_(raw), None
             for stage, flags, unscored in passes:
                 if scored and unscored and scores is None:
@@ -152,7 +155,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
                     self._fail_branches(stage)
                 except PluginError as error:
-                    self._fail(stage, error)
+                    self.fail(stage, error)
                     passes = [each for each in passes if each.stage is not stage]
                     break
             else:
@@ -179,6 +182,17 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         if self._debug and math.isnan(float(result.sum())):
             raise PluginContractError(f"plugin {stage.name!r} left NaN in the logits")
         return result
+
+
+def _host_rows(at: Positions, members: Collection[int]) -> list[HostRow | None]:
+    """The positions of a step; None where their slot is none of ``members``."""
+    if at.drafts is None:
+        return [HostRow(slot) if slot in members else None for slot in at.slots]
+    return [
+        HostRow(slot, draft[:count]) if slot in members else None
+        for slot, draft in zip(at.slots, at.drafts, strict=True)
+        for count in range(len(draft) + 1)
+    ]
 
 
 def _describe(tensor: torch.Tensor) -> str:

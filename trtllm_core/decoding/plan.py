@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
 from trtllm_core.config.base import problems
+from trtllm_core.decoding.branching import branching_of, overrides, positions_of
 from trtllm_core.decoding.order import PRESETS, ordered
 from trtllm_core.errors import (
-    CapacityError,
     ConfigError,
     PluginContractError,
     PluginError,
@@ -25,6 +25,7 @@ from trtllm_core.plugin import (
     BranchPlan,
     BranchView,
     Decoder,
+    DecoderCapabilities,
     DeviceStoppingCriterion,
     HostLogitsProcessor,
     HostStoppingCriterion,
@@ -58,13 +59,20 @@ CORE_FIELDS = frozenset(
 SAMPLER_FIELDS = frozenset({"num_return_sequences", "num_logprobs", "normalize_log_probs"})
 """Fields that it honours for requests whose decoder is a sampler."""
 
-UNUSED = ((LogitsProcessor, "companions"), (Decoder, "propose"))
+UNUSED = ((LogitsProcessor, "companions"),)
 """Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
 
 
-def offers(text: bool) -> frozenset[str]:
-    """What this loop can give a plugin that ``needs`` something; ``text``: the engine has a tokenizer."""
-    return frozenset({"kv_fork", "text"} if text else {"kv_fork"})
+def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> frozenset[str]:
+    """What this loop can give a plugin that ``needs`` something.
+
+    Args:
+        text: the engine has a tokenizer.
+        multi_position: the backend runs several positions of a row in one call.
+        kv_rewind: tokens can leave the cache again. They cannot leave a ring.
+    """
+    wanted = {"text": text, "multi_position": multi_position, "kv_rewind": kv_rewind}
+    return frozenset({"kv_fork", "sampler", "distribution"} | {name for name, there in wanted.items() if there})
 
 
 HOST_ONLY = {"begin": "start", "commit": "accept", "fork": "copy", "rewind": "take_back"}
@@ -106,17 +114,27 @@ class Plan:
     asked: Mapping[str, Any] = field(default_factory=dict)
     """What the request set to something else than the default, as JSON has it."""
     branching: BranchPlan = field(default_factory=BranchPlan)
+    sampler: PlanItem | None = None
+    """What takes the tokens for a decoder that asks for a sampler."""
+    positions: int = 1
+    """How many positions a branch may verify at once."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it always takes the largest logit, and draws nothing."""
+        return bool((self.sampler or self.decoder).plugin.capabilities.greedy)  # type: ignore[attr-defined]
 
     @property
     def ranked(self) -> bool:
         """Whether its decoder ranks the sequences: what the user gets is known only at the end."""
         decoder = self.decoder.plugin
-        return _overrides(decoder, Decoder, "survive") or _overrides(decoder, Decoder, "finalize")
+        return overrides(decoder, Decoder, "survive") or overrides(decoder, Decoder, "finalize")
 
     @property
     def items(self) -> tuple[PlanItem, ...]:
         """All plugins, in the order in which a step calls them."""
-        return (*self.processors, self.decoder, *self.criteria)
+        sampler = () if self.sampler is None else (self.sampler,)
+        return (*self.processors, *sampler, self.decoder, *self.criteria)
 
     def digest(self) -> str:
         """SHA-256 over the core's version, the plugins in their order, each with its distribution, version and
@@ -158,69 +176,56 @@ class Planner:
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
         decoder = self._decoder(sampling)
-        own = decoder.consumes
+        sampler = self._sampler(sampling, decoder)
+        own = decoder.consumes if sampler is None else decoder.consumes | sampler.consumes
         named = {use.name for use in sampling.logits_processors}
         wanted = getattr(decoder.plugin, "processors", ())
         uses = (*(PluginUse(name=name) for name in wanted if name not in named), *sampling.logits_processors)
         chosen = self._chosen("logits_processor", sampling, uses, processors, LogitsProcessor, own)
         stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
-        consumers = _consumers(sampling, [*chosen, decoder, *stops])
+        taker = sampler or decoder
+        consumers = _consumers(sampling, [*chosen, *({decoder.name: decoder, taker.name: taker}.values()), *stops])
         self._check_honoured(sampling, consumers)
         log_probs = sampling.output_log_probs or sampling.output_cum_log_probs or sampling.num_logprobs > 0
         looks = any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
-        idle = _idle(sampling, decoder, chosen, log_probs, looks)
+        idle = _idle(sampling, taker, sampling.decoder is None or sampler is not None, chosen, log_probs, looks)
         chosen = [item for item in chosen if item.key not in idle]
         notes = tuple(idle.values())
         for item in (decoder, *chosen, *stops):
             offers = self.offers | {"logits"} if isinstance(item.plugin, DeviceStoppingCriterion) else self.offers
             missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
-            missing |= {name for base, name in UNUSED if _overrides(item.plugin, base, name)}
+            missing |= {name for base, name in UNUSED if overrides(item.plugin, base, name)}
             if missing:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
         chosen = ordered(chosen, sampling.preset)
         _check_beside(chosen, beside, sampling.preset)
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()))
-        branching = self._branching(decoder, sampling, prompt)
-        return Plan(decoder, tuple(chosen), tuple(stops), consumers, notes, log_probs, asked, branching)
+        branching = branching_of(decoder, sampling, prompt, self.build)
+        positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers)
+        return Plan(
+            decoder,
+            tuple(chosen),
+            tuple(stops),
+            consumers,
+            (*notes, *why),
+            log_probs,
+            asked,
+            branching,
+            sampler,
+            positions,
+        )
 
-    def _branching(self, decoder: PlanItem, sampling: SamplingConfig, prompt: Sequence[int]) -> BranchPlan:
-        if isinstance(decoder.plugin, Sampler):
-            count = sampling.num_return_sequences
-            branching = BranchPlan(count, count, returns=count)
-        else:
-            branching = self._asked_for(decoder, sampling, prompt)
-        most, build = branching.max_branches, self.build
-        if build is None:
-            return branching
-        if most > branching.branches and most > build.max_beam_width:
-            raise CapacityError(
-                f"decoder {decoder.name!r} searches with {most} branches, but the engine was built for max_beam_width "
-                f"{build.max_beam_width}"
-            )
-        if most > build.max_branches:
-            raise CapacityError(
-                f"the request needs {most} branches, but the engine has {build.max_branches} slots (max_batch_size "
-                f"{build.max_batch_size} times max_beam_width {build.max_beam_width})"
-            )
-        return branching
-
-    @staticmethod
-    def _asked_for(decoder: PlanItem, sampling: SamplingConfig, prompt: Sequence[int]) -> BranchPlan:
-        assert isinstance(decoder.plugin, Decoder)
-        view = BranchView("", 0, -1, prompt, sampling, sampling.end_id or (), sampling.random_seed or 0)
-        try:
-            branching = decoder.plugin.plan(decoder.view(view))
-        except (PluginError, ConfigError):
-            raise
-        except Exception as error:
-            raise PluginRuntimeError(f"plugin {decoder.name!r} raised {type(error).__name__}: {error}") from error
-        if not isinstance(branching, BranchPlan) or not (
-            1 <= branching.branches <= branching.max_branches and branching.returns >= 1
-        ):
-            raise PluginContractError(f"decoder {decoder.name!r} returned {branching!r} from plan")
-        if branching.max_positions > 1:
-            raise ConfigError(f"decoder {decoder.name!r} needs 'max_positions', which this session cannot give it")
-        return branching
+    def _sampler(self, sampling: SamplingConfig, decoder: PlanItem) -> PlanItem | None:
+        """The sampler that a decoder which is none itself asks for: an object of its own, with a state of its own."""
+        capabilities: DecoderCapabilities = decoder.plugin.capabilities  # type: ignore[attr-defined]
+        needs = capabilities.needs & {"sampler", "distribution"}
+        if not needs:
+            return None
+        use = PluginUse(name="greedy" if _greedy(sampling) else PRESETS[sampling.preset].sampler)
+        item = self._item("sampler", self.plugins.decoders, use, (Sampler,))
+        if "distribution" in needs and not overrides(item.plugin, Sampler, "distribution"):
+            raise ConfigError(f"decoder {decoder.name!r} needs probabilities, which sampler {item.name!r} cannot tell")
+        return item
 
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
@@ -310,7 +315,7 @@ def _check_kind(name: str, thing: object, bases: tuple[type, ...], kind: str) ->
         raise PluginContractError(f"{kind.replace('_', ' ')} {name!r} is a {type(thing).__name__}, not a {wanted}")
     for host in (HostLogitsProcessor, HostStoppingCriterion):
         for method, instead in HOST_ONLY.items():
-            if _overrides(thing, host, method):
+            if overrides(thing, host, method):
                 raise PluginContractError(
                     f"plugin {name!r} is a {host.__name__} and has {method}, which is never called: write {instead}"
                 )
@@ -322,15 +327,21 @@ def _greedy(sampling: SamplingConfig) -> bool:
 
 
 def _idle(
-    sampling: SamplingConfig, decoder: PlanItem, chosen: Iterable[PlanItem], log_probs: bool, looks: bool
+    sampling: SamplingConfig,
+    taker: PlanItem,
+    by_fields: bool,
+    chosen: Iterable[PlanItem],
+    log_probs: bool,
+    looks: bool,
 ) -> dict[object, str]:
     """Processors that are left out where nothing is drawn: key to what is said about it.
 
-    ``looks``: a criterion sees the logits that were chosen from.
+    ``taker`` takes the tokens, ``by_fields``: because the request's fields say so. ``looks``: a criterion sees the
+    logits that were chosen from.
     """
     idle: dict[object, str] = {}
-    greedy = decoder.plugin.capabilities.greedy  # type: ignore[attr-defined]
-    draws = not (greedy or (sampling.decoder is None and _greedy(sampling)))
+    greedy = taker.plugin.capabilities.greedy  # type: ignore[attr-defined]
+    draws = not (greedy or (by_fields and _greedy(sampling)))
     preset, named = PRESETS[sampling.preset], {use.name for use in sampling.logits_processors}
     for item in chosen:
         phase, capabilities = item.plugin.phase, item.plugin.capabilities  # type: ignore[attr-defined]
@@ -349,10 +360,6 @@ def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem], preset
         ordered([*others.values(), *chosen], preset)
     except ConfigError as error:
         raise ConfigError(f"this request cannot run together with others of its session: {error}") from error
-
-
-def _overrides(plugin: object, base: type, name: str) -> bool:
-    return isinstance(plugin, base) and getattr(type(plugin), name) is not getattr(base, name)
 
 
 def _params(plugin: SlotPlugin, use: PluginUse) -> Any:

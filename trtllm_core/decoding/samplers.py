@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
 
 
-def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def log_probs(logits: torch.Tensor, tokens: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probabilities of chosen tokens under the softmax over the whole vocabulary.
 
     Args:
         logits: float32 ``[n, vocab]``.
-        tokens: int64 ``[n, k]``; what is undefined there, or no token, gets an undefined value.
+        tokens: int64 ``[rows, k]``; what is undefined there, or no token, gets an undefined value.
+        source: int64 ``[rows, k]``: which of the n rows each token is from; None: each row's from that row.
 
     Returns:
-        float32 ``[n, k]``.
+        float32 ``[rows, k]``.
     """
-    return logits.gather(1, tokens.clamp(0, logits.shape[1] - 1)) - logits.logsumexp(dim=1, keepdim=True)
+    tokens, total = tokens.clamp(0, logits.shape[1] - 1), logits.logsumexp(dim=1)
+    if source is None:
+        return logits.gather(1, tokens) - total.unsqueeze(1)
+    return logits[source, tokens] - total[source]
 
 
 def possible(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -40,21 +44,27 @@ def possible(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 class Greedy(Sampler):
     """The largest logit; among equals, the lowest token id."""
 
-    capabilities = DecoderCapabilities(greedy=True, graph_safe=True)
+    capabilities = DecoderCapabilities(greedy=True, per_position=True, graph_safe=True)
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         return possible(logits, logits.argmax(dim=1))
+
+    def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
 
 
 class Multinomial(Sampler):
     """One token of the softmax over all logits, whatever the processors have left of them."""
 
-    capabilities = DecoderCapabilities(graph_safe=True)
+    capabilities = DecoderCapabilities(per_position=True, graph_safe=True)
 
     SALT = draw_salt("multinomial")
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         return possible(logits, draw(masses(logits), batch_uniform(batch, self.SALT).unsqueeze(1)).squeeze(1))
+
+    def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        return logits.softmax(dim=1)
 
 
 def draw(weights: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -105,7 +115,7 @@ class TopKTopP(Sampler):
     token is the same whatever the others in its batch ask for.
     """
 
-    capabilities = DecoderCapabilities(graph_safe=True)
+    capabilities = DecoderCapabilities(per_position=True, graph_safe=True)
 
     SALT = draw_salt("top_k_top_p")
 
@@ -172,3 +182,14 @@ class TopKTopP(Sampler):
             total = sums.gather(1, k.clamp(1, self._width) - 1)
             tokens = torch.where(k > 0, ids.gather(1, reaches(sums, part(share, total))), tokens)
         return possible(logits, tokens.squeeze(1))
+
+    def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        """See ``Sampler``: of the ordered masses those below k, and of their sum the part below p."""
+        values, ids = logits.sort(dim=1, descending=True, stable=True)
+        k = self._k[batch.slot].unsqueeze(1)
+        weights = (values - values[:, :1]).double().exp_()
+        weights.masked_fill_((torch.arange(weights.shape[1], device=k.device) >= k) & (k > 0), 0)
+        sums = weights.cumsum(dim=1)
+        inside = sums[:, -1:] * self._decay.apply(self._p[batch.slot], batch).double().unsqueeze(1)
+        shares = (torch.minimum(sums, inside) - (sums - weights)).clamp_(min=0) / inside
+        return torch.zeros_like(logits).scatter_(1, ids, shares.float())

@@ -9,6 +9,7 @@ import torch
 
 from trtllm_core.decoding.choice import Choice, Found, Outcome, Search
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.positions import Positions
 from trtllm_core.decoding.stages import Stage
 from trtllm_core.decoding.stopping import Verdict
 from trtllm_core.errors import PluginContractError, PluginError
@@ -38,16 +39,20 @@ def check_candidates(name: str, candidates: Candidates, slot: torch.Tensor, memb
     return slots
 
 
-def with_searches(choice: Choice, searches: Sequence[Search]) -> Choice:
+def with_searches(choice: Choice, searches: Sequence[Search], at: Positions) -> Choice:
     """The rows of a choice that belong to no search, and behind them one row for each candidate."""
     searching = {slot for search in searches for slot in search.stage.members}
     plain = [i for i, slot in enumerate(choice.slots) if slot not in searching]
-    rows = torch.tensor(plain, dtype=torch.int64, device=choice.slot.device)
+    device = choice.slot.device
+    rows = torch.tensor(plain, dtype=torch.int64, device=device)
     tokens, counts, given = choice.selection.tokens[rows], choice.selection.counts[rows], choice.selection.log_probs
+    width = tokens.shape[1]
+    starts = torch.arange(len(choice.slots), device=device) if at.starts is None else at.starts
+    own = starts.unsqueeze(1).expand(-1, width) if choice.source is None else choice.source
     place = {slot: i for i, slot in enumerate(choice.slots)}
-    source = plain + [place[slot] for search in searches for slot in search.slots]
+    parents = torch.tensor([place[slot] for search in searches for slot in search.slots], device=device)
     for search in searches:
-        more = torch.nn.functional.pad(search.candidates.tokens.unsqueeze(1), (0, tokens.shape[1] - 1))
+        more = torch.nn.functional.pad(search.candidates.tokens.unsqueeze(1), (0, width - 1))
         tokens = torch.cat([tokens, more])
         counts = torch.cat([counts, torch.ones_like(search.candidates.slot)])
     return Choice(
@@ -55,7 +60,7 @@ def with_searches(choice: Choice, searches: Sequence[Search]) -> Choice:
         [choice.slots[i] for i in plain] + [slot for search in searches for slot in search.slots],
         Selection(tokens, counts, None if given is None else given[rows]),
         searches,
-        torch.tensor(source, device=choice.slot.device).unsqueeze(1).expand(-1, tokens.shape[1]),
+        torch.cat([own[rows], starts[parents].unsqueeze(1).expand(-1, width)]),
     )
 
 

@@ -181,7 +181,7 @@ class Stages(Generic[P]):
                 else:
                     stage.call(stage.plugin.commit, rows.batch(stage))
             except PluginError as error:
-                self._fail(stage, error)
+                self.fail(stage, error)
 
     def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """The state of slots ``dst`` becomes that of slots ``src``, all at the same time. All have begun alike."""
@@ -198,7 +198,7 @@ class Stages(Generic[P]):
                     sides = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
                     stage.call(stage.plugin.fork, *sides)
             except PluginError as error:
-                self._fail(stage, error)
+                self.fail(stage, error)
 
     def rewind(self, slot: int, n: int) -> None:
         """The last ``n`` tokens of a slot are taken back."""
@@ -206,7 +206,7 @@ class Stages(Generic[P]):
             try:
                 stage.call(stage.plugin.rewind, slot, n)
             except PluginError as error:
-                self._fail(stage, error)
+                self.fail(stage, error)
 
     def end(self, slot: int) -> dict[str, float]:
         """The branch is over. Returns its part of each plugin's host time, in seconds by name."""
@@ -228,7 +228,8 @@ class Stages(Generic[P]):
             seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.seconds
         return seconds
 
-    def _fail(self, stage: Stage[P], error: PluginError) -> None:
+    def fail(self, stage: Stage[P], error: PluginError) -> None:
+        """All slots that use a plugin fail with it."""
         stage.error = error
         for slot in stage.members:
             self.failures.setdefault(slot, error)

@@ -104,7 +104,7 @@ class StoppingRules(Stages[Criterion]):
             text = [*self._history(slot), *new[: end.stop.at + 1]]
             end.stop = replace(end.stop, matched=end.by.call(plugin.matched, slot, text))  # type: ignore[union-attr]
         except PluginError as error:
-            self._fail(end.by, error)
+            self.fail(end.by, error)
 
     def _scores(self, selection: Selection, logits: torch.Tensor | None, source: torch.Tensor | None) -> Scores | None:
         if logits is None or not self.wants_logits:
@@ -141,7 +141,7 @@ class StoppingRules(Stages[Criterion]):
                         raise PluginContractError(f"criterion {stage.name!r} returned {held!r} from pending_text")
                     most = max(most, held)
                 except PluginError as error:
-                    self._fail(stage, error)
+                    self.fail(stage, error)
         return most
 
     def _ask(
@@ -158,7 +158,7 @@ class StoppingRules(Stages[Criterion]):
             ):
                 raise PluginContractError(f"criterion {stage.name!r} returned {at!r} from check, not int64 [n]")
         except PluginError as error:
-            self._fail(stage, error)
+            self.fail(stage, error)
             return torch.full_like(slot, -1)
         return torch.where(batch.active, at, -1)
 
@@ -175,7 +175,7 @@ class StoppingRules(Stages[Criterion]):
             answers = stage.call(adapter.check_rows, [slots[i] for i in rows], [tokens[i] for i in rows])
             self._fail_branches(stage)
         except PluginError as error:
-            self._fail(stage, error)
+            self.fail(stage, error)
             return
         for i, stop in zip(rows, answers, strict=True):
             if stop is not None and not isinstance(stop, Stop):

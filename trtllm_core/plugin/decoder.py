@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from trtllm_core.plugin.lifecycle import SlotPlugin
 
@@ -25,9 +25,14 @@ class DecoderCapabilities:
 
     greedy: bool = False
     """It always takes the largest logit: processors that are ``argmax_invariant`` may be skipped."""
+    per_position: bool = False
+    """Of a sampler: behind drafts it takes what it would take had they been committed, so that it can be asked about
+    several positions of a branch at once."""
     graph_safe: bool = False
     needs: frozenset[str] = frozenset()
-    """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``hidden_states``, ``tree_mask``."""
+    """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``hidden_states``, ``tree_mask``, and of what the decoder's
+    ``host`` can do for each of its requests: ``sampler`` (``host.sample``), ``distribution``
+    (``host.distribution``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +44,34 @@ class BranchPlan:
     max_branches: int = 1
     """How many it may have later. The slots beyond ``branches`` rest until ``Survivors`` names them."""
     max_positions: int = 1
-    """How many positions a row may verify at once."""
+    """How many positions a row may verify at once: one more than ``propose`` names. Where a plugin of the request
+    cannot take part in that, it is 1, and the plan's notes say why."""
     returns: int = 1
     """How many sequences the user gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Tokens to run through the model in one step, to be verified: a chain, or a tree by ``parents``."""
+    """Tokens to run through the model in one step, to be verified: of each row a chain of drafts."""
 
     tokens: torch.Tensor
     """int64 ``[rows, k]``."""
     counts: torch.Tensor
-    """int64 ``[rows]``: how many of the k are meant."""
-    parents: torch.Tensor | None = None
-    """int64 ``[rows, k]``: index of each token's parent in the proposal, -1 for the last committed token; None: a
-    chain."""
+    """int64 ``[rows]``: how many of the k are meant, 0..k. The core may run fewer: what a step has room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a step chose, where each branch goes on by itself."""
+    """What a step chose, where each branch goes on by itself. A row is a branch: in a verify step there are fewer rows
+    than positions."""
 
     tokens: torch.Tensor
-    """int64 ``[n, k]``, on the device."""
+    """int64 ``[rows, k]``, on the device."""
     counts: torch.Tensor
-    """int64 ``[n]``: 1..k tokens accepted by each row."""
+    """int64 ``[rows]``: 1..k tokens accepted by each row, the j-th of them chosen at the row's j-th position."""
     log_probs: torch.Tensor | None = None
-    """float32 ``[n, k]``: of the chosen tokens, over the whole vocabulary, after the processors; None: the core works
-    them out where they are asked for."""
+    """float32 ``[rows, k]``: of the chosen tokens, over the whole vocabulary, after the processors; None: the core
+    works them out where they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,27 @@ class Sampler(SlotPlugin):
         """
         raise NotImplementedError
 
+    def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        """float32 ``[n, vocab_size_padded]``: the exact probabilities with which ``sample`` takes each token.
+
+        Optional: what decoders that accept drafts by their probability need. ``logits`` may be overwritten.
+        """
+        raise NotImplementedError
+
+
+class DecoderHost(Protocol):
+    """What the core does for a decoder: each row by what its own request asked for. ``active`` rows alone count."""
+
+    def process(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        """Run the requests' logits processors on raw ``logits``, such as a draft model's, at positions that
+        ``batch.offset`` and ``batch.draft`` describe. Returns a new tensor of the same shape."""
+
+    def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        """int64 ``[n]``: what the requests' samplers take from processed ``logits``, which stay as they are."""
+
+    def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        """float32 ``[n, vocab_size_padded]``: the samplers' probabilities. ``logits`` stay as they are."""
+
 
 class Decoder(SlotPlugin):
     """A strategy that owns the branches of a request.
@@ -162,6 +187,8 @@ class Decoder(SlotPlugin):
     capabilities: ClassVar[DecoderCapabilities] = DecoderCapabilities()
     processors: ClassVar[tuple[str, ...]] = ()
     """Registered names of logits processors that its requests get beside those that they ask for."""
+    host: DecoderHost
+    """Set by the core before ``setup``."""
 
     def plan(self, view: BranchView) -> BranchPlan:
         """Called before a request is admitted, maybe more than once, and maybe before ``setup``. ``view.slot`` is -1.
@@ -171,13 +198,18 @@ class Decoder(SlotPlugin):
         return BranchPlan()
 
     def propose(self, batch: LogitsBatch) -> Proposal | None:
-        """Tokens for the model to verify in the next step; None runs each branch's last token."""
+        """Tokens for the model to verify in the coming step, one row for each branch; None: none for anybody.
+
+        Pure. Asked before each step for branches that generate, where ``plan`` said that there may be several
+        positions. Rows that are not ``active`` are other decoders'.
+        """
         return None
 
     def select(self, logits: torch.Tensor, batch: LogitsBatch) -> Selection | Candidates:
         """Choose from processed ``logits`` (float32 ``[n, vocab_size_padded]``), which may be overwritten. Pure.
 
         A ``Selection`` is for all rows, those that are not ``batch.active`` included, whose entries are thrown away.
+        In a verify step ``batch.starts`` says where rows begin, and ``batch.draft`` holds what was proposed.
         ``Candidates`` are for active rows alone.
         """
         raise NotImplementedError

@@ -83,6 +83,9 @@ class LogitsBatch:
     """bool ``[n]``: the position's request asked for this plugin. Others must be left as they are."""
     draft: torch.Tensor | None = None
     """int32 ``[slots, k]``: tokens proposed but not committed; None outside a verify step."""
+    starts: torch.Tensor | None = None
+    """int64 ``[rows]``: the first position of each branch in a verify step, in which the positions of a branch follow
+    each other: one more than it has drafts. None: each position is a branch."""
 
 
 @dataclass(frozen=True, slots=True)
