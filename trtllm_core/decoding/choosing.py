@@ -164,14 +164,15 @@ class Choosers(Stages[Decoder]):
         plain = len(choice.slots) - sum(len(search.slots) for search in choice.searches)
         tokens, given = choice.selection.tokens[:plain], choice.selection.log_probs
         samplings, width = [owners[slot].request.sampling for slot in choice.slots[:plain]], tokens.shape[1]
-        if choice.source is not None:
-            scores = scores[choice.source[:plain].reshape(-1)]
-        each = [sampling for sampling in samplings for _ in range(width)] if choice.source is not None else samplings
-        if given is None:
-            given = scored(scores, tokens.reshape(len(scores), -1), each).view(tokens.shape)
+        if choice.source is None:
+            told = scored(scores, tokens, samplings) if given is None else given
+            return told.tolist(), [[one] for one in likeliest(scores, samplings)]
+        # Each token has a row of logits of its own.
+        scores = scores[choice.source[:plain].reshape(-1)]
+        each = [sampling for sampling in samplings for _ in range(width)]
+        told = scored(scores, tokens.reshape(-1, 1), each).view(tokens.shape) if given is None else given
         beside = likeliest(scores, each)
-        per_row = len(beside) // max(plain, 1)
-        return given.tolist(), [beside[row * per_row : (row + 1) * per_row] for row in range(plain)]
+        return told.tolist(), [beside[row * width : (row + 1) * width] for row in range(plain)]
 
 
 def _checked(name: str, selection: Selection, slot: torch.Tensor) -> Selection:
