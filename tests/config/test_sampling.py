@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from trtllm_core.config import SamplingConfig
+from trtllm_core.config import SamplingConfig, use
 from trtllm_core.config.dialects import WHOLE_PROMPT
 from trtllm_core.errors import ConfigError
 
@@ -254,6 +254,13 @@ def test_hf_fields():
 def test_hf_refuses_by_name(theirs, words):
     with pytest.raises(ConfigError, match=words):
         SamplingConfig.from_hf(theirs)
+
+
+def test_hf_beam_groups_are_a_decoder():
+    theirs = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "max_new_tokens": 4}
+    assert SamplingConfig.from_hf(theirs).decoder == use("diverse_beam_search", groups=2, penalty=0.5)
+    with pytest.raises(ConfigError, match="'diversity_penalty'"):
+        SamplingConfig.from_hf({**theirs, "num_beam_groups": 1})
 
 
 def test_hf_max_length_gives_way():

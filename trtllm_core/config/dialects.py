@@ -111,12 +111,12 @@ _HF_ELSEWHERE = (
 """What its values say about the cache, the inputs and an assistant model changes no token, or nothing by itself."""
 
 _HF_NEUTRAL = {
-    "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "guidance_scale": 1.0,
     "min_length": 0,
     "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
     "output_attentions": False,
     "output_hidden_states": False,
     "output_logits": False,
@@ -176,9 +176,14 @@ def hf_fields(config: Any, overrides: Collection[str] = ()) -> Fields:
         asked.pop("max_length", None)  # as in transformers
     elif asked.get("max_length") is not None:
         raise ConfigError("the generation config has max_length, which counts the prompt: give max_new_tokens instead")
+    groups: Fields = {}
+    if "num_beam_groups" in asked and asked["num_beam_groups"] is not None:
+        params = {"groups": asked.pop("num_beam_groups"), "penalty": asked.pop("diversity_penalty", None) or 0.0}
+        groups = {"decoder": {"name": "diverse_beam_search", "params": params}}
     fields = _translated("the generation config", asked, _HF)
     if asked.get("sequence_bias") and asked.get("suppress_tokens"):
         fields["embedding_bias"] = _sequence_bias(asked["sequence_bias"])["embedding_bias"] | fields["embedding_bias"]
+    fields |= groups
     if fields.get("num_beams", 1) > 1:
         fields = {"early_stopping": 0, **fields}
     fields = {"preset": "hf", "min_length": 0, "top_k": 50, "top_p": 1.0, **fields}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Phase(StrEnum):
-    """Where in the pipeline a processor stands. The order of phases is data: see ``decoding.pipeline``."""
+    """Where in the pipeline a processor stands. The order of phases is data: see ``decoding.order``."""
 
     BIAS = "bias"
     PENALTY = "penalty"
