@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 CACHE := .cache
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
-ENGINE := $(CACHE)/smollm2-135m
+BACKEND ?= torch
+ENGINE = $(CACHE)/smollm2-135m-$(BACKEND)
 PARCEL := $(CACHE)/parcel
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Each of them is a distribution; the core comes first.
@@ -18,8 +19,8 @@ PROJECTS := . $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml 
 .PHONY: demo test lint bench weights setup clean help
 .DELETE_ON_ERROR:
 
-demo: setup weights ## build an engine from SmolLM2-135M-Instruct and answer a few prompts
-	$(BIN)/trtllm-core build $(MODEL) -o $(ENGINE) --dtype float32
+demo: setup weights ## build an engine from SmolLM2-135M-Instruct (BACKEND=torch) and answer a few prompts
+	$(BIN)/trtllm-core build $(MODEL) -o $(ENGINE) --dtype float32 --backend $(BACKEND)
 	$(BIN)/trtllm-core explain $(ENGINE)
 	$(BIN)/trtllm-core run $(ENGINE) --stream --stats --max-new-tokens 64 \
 	  "What is the capital of France?" "Write one sentence about the sea." "List three prime numbers."

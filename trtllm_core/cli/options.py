@@ -83,10 +83,21 @@ class BuildOptions:
     lora_target_modules: Annotated[
         list[str] | None, _build("A layer that adapters may change (default: all). May be repeated.", metavar="NAME")
     ] = None
+    verify: Annotated[bool, _build("Hold an exported graph against the torch backend.")] = False
+    option: Annotated[
+        list[str] | None, _build("An option of the backend. May be repeated.", metavar="NAME=VALUE")
+    ] = None
 
     def given(self) -> dict[str, Any]:
-        """What was set, by option."""
+        """What was set, by field of ``BuildConfig``.
+
+        Raises:
+            ConfigError: an option of the backend that is not written as NAME=VALUE.
+        """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
+        backend = {"verify": True} if values.pop("verify") else {}
+        backend |= dict(map(parse_option, values.pop("option") or ()))
+        values["options"] = backend or None
         return {name: value for name, value in values.items() if value is not None and value != []}
 
     def config(self) -> BuildConfig:
@@ -159,6 +170,21 @@ class SamplingOptions:
         if not wants or "top_k" in given or "decoder" in given:
             return given
         return {"top_p": 1.0, **given, "top_k": 0}
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``, where a value that is no JSON is text.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--option {text}: write it as NAME=VALUE, such as --option attention=mask")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
 
 
 def parse_field(text: str) -> tuple[str, Any]:

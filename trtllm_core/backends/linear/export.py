@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,7 @@ def export_module(
         names.append("cache_entries")
     else:
         del example["cache_entries"], shapes["cache_entries"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet_exporter():
         program = torch.onnx.export(
             LinearModule(module, options.attention).eval(),
             (),
@@ -80,6 +81,20 @@ def export_module(
     if options.dialect == "tensorrt":
         ops.add_attention_body(proto, options.attention)
     return proto
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns of what it does not need, such as torchvision, and of tables that layers share."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _rms_norm(layer: RMSNorm) -> Any:
