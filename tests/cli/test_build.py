@@ -56,6 +56,20 @@ def test_every_option_reaches_the_engine(cli: Callable, tiny_checkpoint: Path, t
     assert (tmp_path / "e" / "rank1.safetensors").is_file()
 
 
+def test_options_of_a_backend(cli: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--backend", "onnxruntime", "--verify")
+    cli("build", tiny_checkpoint, "-o", tmp_path / "e", "--dtype", "float32", *options)
+    config = json.loads((tmp_path / "e" / "config.json").read_text())
+    assert config["build"]["options"] == {"verify": True}
+    assert config["record"]["verified"]["largest_error"] < 1e-3
+    again = cli("build", tiny_checkpoint, "-o", tmp_path / "e", "--dtype", "float32", *options)
+    assert "up to date" in again.stdout
+    said = "--option fast: write it as NAME=VALUE, such as --option attention=mask"
+    assert said in cli("build", tiny_checkpoint, "-o", tmp_path / "f", "--option", "fast", status=2).stderr
+    wrong = cli("build", tiny_checkpoint, "-o", tmp_path / "f", "--option", "attention=mask", status=2)
+    assert "the torch backend has no build option 'attention'" in wrong.stderr
+
+
 def test_a_default_prompt_length_makes_room_for_a_short_sequence(engine: Path) -> None:
     assert json.loads((engine / "config.json").read_text())["build"]["max_input_len"] == 63
 

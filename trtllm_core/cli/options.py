@@ -84,9 +84,9 @@ class BuildOptions:
         list[str] | None, _build("A layer that adapters may change (default: all). May be repeated.", metavar="NAME")
     ] = None
     verify: Annotated[bool, _build("Hold an exported graph against the torch backend.")] = False
-    option: Annotated[
-        list[str] | None, _build("An option of the backend. May be repeated.", metavar="NAME=VALUE")
-    ] = None
+    option: Annotated[list[str] | None, _build("An option of the backend. May be repeated.", metavar="NAME=VALUE")] = (
+        None
+    )
 
     def given(self) -> dict[str, Any]:
         """What was set, by field of ``BuildConfig``.
