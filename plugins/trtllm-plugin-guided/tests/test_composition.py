@@ -72,3 +72,41 @@ def test_beams_and_answers_with_a_stop_are_cut_there(runner: ModelRunner, fields
         assert regex.match(r'\{"name": "', sequence.text)
         assert runner.tokenizer is not None
         assert runner.tokenizer.decode(sequence.tokens).startswith(sequence.text)
+
+
+LIST = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"kind": {"enum": ["red", "blue"]}}, "required": ["kind"]},
+    "minItems": 6,
+    "maxItems": 12,
+}
+
+
+def stepwise(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, config: SamplingConfig) -> tuple[Any, list[Any]]:
+    """The output of a request, and what each step chose and where it stopped."""
+    rules, told = runner.generation.loop.branches.rules, []
+    check = rules.check
+    with monkeypatch.context() as patch:
+        patch.setattr(rules, "check", lambda *args, **more: told.append(check(*args, **more)) or told[-1])
+        (output,) = sequences(runner, config)
+    return output, [(tokens, stop) for v in told for tokens, stop in zip(v.tokens, v.stops, strict=True)]
+
+
+@pytest.mark.parametrize("drawing", [{}, {"top_k": 0, "top_p": 1.0, "temperature": 0.7}])
+@pytest.mark.parametrize("stops", [{}, {"stop_regexes": r'(?s:"kind".*){3}e'}, {"stop_strings": 'e"}, {"kind": "b'}])
+def test_ngram_speculation_with_a_grammar_and_a_stop_in_the_middle_of_a_draft(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, drawing: dict[str, Any], stops: dict[str, Any]
+) -> None:
+    """Drafts change nothing but the number of steps: tokens, text, the cut and what matched are the same."""
+    wish = CONFIG.replace(logits_processors=use("guided", json_schema=LIST), **drawing, **stops)
+    plain, slow = stepwise(runner, monkeypatch, wish)
+    drafted, fast = stepwise(runner, monkeypatch, wish.replace(decoder=use("ngram", tokens=12)))
+    assert (drafted.tokens, drafted.text, drafted.length) == (plain.tokens, plain.text, plain.length)
+    assert (drafted.finish_reason, drafted.matched) == (plain.finish_reason, plain.matched)
+    assert len(fast) < len(slow)
+    if stops:
+        assert plain.finish_reason in ("stop_regex", "stop_string")
+        tokens, stop = fast[-1]
+        assert 0 < stop.at < len(tokens) - 1, "the stop is in the middle of what the step accepted"
+    else:
+        jsonschema.Draft202012Validator(LIST).validate(json.loads(plain.text))

@@ -96,7 +96,7 @@ class Guided(HostLogitsProcessor):
 
     def _matcher(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of a text: a copy of one that was compiled before, where there is one."""
-        compiled = self._compiled.pop(grammar, None) or LLMatcher(self._vocabulary.tokenizer, grammar)
+        compiled = self._compiled.pop(grammar, None) or LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0)
         if compiled.is_error():
             raise ConfigError(f"guided: {compiled.get_error().splitlines()[0]}")
         self._compiled[grammar] = compiled
