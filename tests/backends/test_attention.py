@@ -144,6 +144,14 @@ def test_the_formula(name: str, cut: str, context: type[PagedContext]) -> None:
     assert off(rows.cut(CUTS[cut], context), rows.expected()) < 2e-5
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_same_bits_however_rows_are_cut(name: str) -> None:
+    whole = Rows(layer(**LAYERS[name]), LENGTHS).cut(CUTS["whole"], InvariantContext)
+    for cut in CUTS.values():
+        parts = Rows(layer(**LAYERS[name]), LENGTHS).cut(cut, InvariantContext)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
 @pytest.mark.parametrize("context", [PagedContext, InvariantContext])
 @pytest.mark.parametrize("size", [32, 40, 64, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])

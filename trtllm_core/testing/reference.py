@@ -115,17 +115,22 @@ def reference_models(
     return tiny
 
 
-def randomise(model: torch.nn.Module, gain: float) -> None:
-    """Weights large enough for attention to choose and for biases and norms to matter; the default ones hide bugs."""
+def randomise(
+    model: torch.nn.Module, gain: float, noise_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like
+) -> None:
+    """Weights large enough for attention to choose and for biases and norms to matter; the default ones hide bugs.
+
+    ``noise_like`` gives standard normal numbers in the shape of a parameter.
+    """
     for module in model.modules():
         norm = type(module).__name__.endswith("Norm")
         for name, parameter in module.named_parameters(recurse=False):
-            noise = torch.randn_like(parameter)
+            noise = noise_like(parameter)
             if norm and name == "weight":
                 parameter.data = 1 + 0.2 * noise
             elif parameter.dim() > 1:
                 fan_in = parameter.shape[0] if type(module).__name__ == "Conv1D" else parameter.shape[-1]
-                parameter.data = noise * gain / fan_in**0.5
+                parameter.data = noise * (gain / fan_in**0.5)
             else:
                 parameter.data = 0.5 * noise
     model.tie_weights()  # type: ignore[operator]
