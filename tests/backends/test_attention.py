@@ -145,7 +145,17 @@ def test_the_formula(name: str, cut: str, context: type[PagedContext]) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_same_bits_however_rows_are_cut(name: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_however_rows_are_cut(name: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        same_bits(name)
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(name: str) -> None:
     whole = Rows(layer(**LAYERS[name]), LENGTHS).cut(CUTS["whole"], InvariantContext)
     for cut in CUTS.values():
         parts = Rows(layer(**LAYERS[name]), LENGTHS).cut(cut, InvariantContext)

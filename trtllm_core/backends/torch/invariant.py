@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from trtllm_core.backends.torch.attention import PagedContext
@@ -25,10 +28,22 @@ class InvariantContext(PagedContext):
         q = qkv[:, : layer.num_heads]
         cache.index_copy_(0, self.batch.write, qkv[:, layer.num_heads :])
         out = torch.empty_like(q)
-        for row in self.batch.rows:
-            k, v = _tiled(row, cache)
-            out[row.tokens] = _attend(layer, q[row.tokens], k, v, row)
+        with one_thread():
+            for row in self.batch.rows:
+                k, v = _tiled(row, cache)
+                out[row.tokens] = _attend(layer, q[row.tokens], k, v, row)
         return out.flatten(1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """How a batch of small products is shared out over threads depends on its size, and with it the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tiled(row: Row, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
