@@ -57,7 +57,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, plugins: Plugins) -> 
     directory = tmp_path / "engine"
     directory.mkdir()
     zeros = ((name, torch.zeros(parameter.shape)) for name, parameter in parameters)
-    path = backend.build(config, family, zeros, directory, 0)
+    path = backend.build(config, family, zeros, directory, 0, lambda *_: None)
     write_config(directory, config.replace(ranks=(RankFile(name=path.name, bytes=path.stat().st_size),)))
     yield directory
     shutil.rmtree(directory)
