@@ -6,17 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from trtllm_core.checkpoint import open_checkpoint
-from trtllm_core.config import BuildConfig, RankFile
-from trtllm_core.engine.build import plan_engine
-from trtllm_core.engine.directory import write_config
-from trtllm_core.parallel import TensorParallel
+from trtllm_core.checkpoint.hf import HFCheckpoint
+from trtllm_core.config import BuildConfig
+from trtllm_core.engine.build import build_engine
 from trtllm_core.plugin import Plugins
 from trtllm_core.testing.checkpoints import write_llama
 
@@ -41,26 +40,32 @@ print(json.dumps({"loaded": loaded - before, "used": peak_memory() - before, "we
 """
 
 
+class Swollen(HFCheckpoint):
+    """A small LLaMA, all of its sizes multiplied; its weights are zeros."""
+
+    factor = 32
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        sizes = ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
+        return {**super().config, **{name: super(Swollen, self).config[name] * self.factor for name in sizes}}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size * self.factor for size in super().shape(name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.zeros(self.shape(name), dtype=torch.bfloat16)
+
+
 @pytest.fixture(params=["float32", "bfloat16"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path, plugins: Plugins) -> Iterator[Path]:
-    """Half a gigabyte of zeros, written as the backend writes weights."""
-    small = write_llama(tmp_path / "hf")
+    """Somewhat more than half a gigabyte."""
+    layers = 36 if request.param == "bfloat16" else 18
+    checkpoint = Swollen(write_llama(tmp_path / "hf", num_hidden_layers=layers))
     limits = BuildConfig(dtype=request.param, max_seq_len=64, max_input_len=32, max_batch_size=1)
-    config, family, backend = plan_engine(open_checkpoint(small), limits, plugins)
-    model = config.model
-    layers = 16 if request.param == "bfloat16" else 8
-    sizes = {"hidden_size": 1024, "num_layers": layers, "num_heads": 16, "num_kv_heads": 16, "head_size": 64}
-    model = model.replace(**sizes, vocab_size=4096, extras={**model.extras, "intermediate_size": 4096})
-    config = config.replace(model=model)
-    with torch.device("meta"):
-        parameters = list(family.module(model, TensorParallel()).named_parameters())
-    directory = tmp_path / "engine"
-    directory.mkdir()
-    zeros = ((name, torch.zeros(parameter.shape)) for name, parameter in parameters)
-    path = backend.build(config, family, zeros, directory, 0, lambda *_: None)
-    write_config(directory, config.replace(ranks=(RankFile(name=path.name, bytes=path.stat().st_size),)))
-    yield directory
-    shutil.rmtree(directory)
+    build_engine(checkpoint, tmp_path / "engine", limits, plugins=plugins)
+    yield tmp_path / "engine"
+    shutil.rmtree(tmp_path / "engine")
 
 
 @pytest.mark.slow
