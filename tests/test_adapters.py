@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from trtllm_core import KVCacheConfig, ModelRunner, Plugins, SamplingConfig
+from trtllm_core import KVCacheConfig, ModelRunner, Plugins, SamplingConfig, build_engine
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.parallel import run_ranks
 from trtllm_core.testing.adapters import AdaptedModel, adapted_rank_tokens
@@ -304,3 +306,17 @@ def test_engines_that_take_neither(plugins: Plugins, case: Any) -> None:
             runner.add_lora("0", case("llama").paths[0])
         with pytest.raises(ConfigError, match="lora_ckpt_source is 'nemo'"):
             ModelRunner.from_engine(MarkovExecutable(), plugins=plugins, lora_ckpt_source="nemo")
+
+
+def test_checkpoints_without_the_prefix(case: Any, tmp_path: Path) -> None:
+    """GPT-2 as it was published calls its layers ``h.0…``, and adapters of it ``transformer.h.0…``."""
+    one = case("gpt2")
+    shutil.copytree(one.reference.path, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    build_engine(tmp_path / "hf", tmp_path / "engine", LIMITED, plugins=one.plugins)
+    with ModelRunner.from_dir(tmp_path / "engine", plugins=one.plugins, lora_dir=one.paths) as runner:
+        result = runner.generate(PROMPTS[:1], GREEDY, lora_uids=["0"])
+    assert tokens(result)[0] == one.expected(0)

@@ -144,6 +144,22 @@ def test_rows_without_an_adapter_keep_their_bits(case: Any) -> None:
     assert torch.equal(rows.run({1: one.prompts[1]})[1][:1], PackedRows(session, 4).run({1: one.prompts[1]})[1][:1])
 
 
+def test_nobody_pays_who_asks_for_nothing(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters loaded, a call whose rows have none makes no product with them; nor does a layer without any."""
+    one = case("llama")
+    session = one.session()
+    manager = LoraManager(session, one.plugins)
+    manager.add("0", one.paths[0])  # queries and values
+    bank, asked = session.engine._lora, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(bank, "product", lambda x, w, b: asked.append(1) or torch.nn.functional.linear(x, w, b))
+    rows = PackedRows(session, 2)
+    rows.run({0: one.prompts[0], 1: one.prompts[1]})
+    assert not asked
+    rows.lora_ids[0] = 0
+    rows.run({0: [1], 1: [2]})
+    assert len(asked) == 2 * (1 + 3), "in each of two layers: down once, up once for each part of the fused product"
+
+
 def test_adapters_come_and_go(case: Any) -> None:
     one = case("llama")
     session = one.session()

@@ -18,8 +18,9 @@ from trtllm_core.engine.build import build_engine
 from trtllm_core.errors import CheckpointError
 from trtllm_core.plugin import Plugins
 from trtllm_core.session import Session
+from trtllm_core.testing.adapters import AdaptedModel, adapted_logits
 from trtllm_core.testing.packed import prefill_and_decode
-from trtllm_core.testing.reference import STEPS
+from trtllm_core.testing.reference import STEPS, distance
 from trtllm_plugin_llama.family import LlamaFamily
 
 NAMES = {
@@ -145,6 +146,23 @@ def test_same_weights(case: str, tiny: Any, load: Callable[[Path], Session], tmp
     model = tiny(kind, **changes)
     session = load(write(model.model, tmp_path / "model.gguf", kind, permute=kind == "llama", **extra))
     assert model.off(prefill_and_decode(session, model.prompts, STEPS)) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["gqa", "qwen2", "phi3"])
+def test_adapters_of_the_same_model(case: str, tiny: Any, tmp_path: Path, plugins: Plugins) -> None:
+    """A file's rows stand in llama.cpp's order and under its names; PEFT adapters find their places all the same."""
+    pytest.importorskip("peft")
+    kind, changes, extra = CASES[case]
+    model = tiny(kind, **changes)
+    source = write(model.model, tmp_path / "model.gguf", kind, permute=kind == "llama", **extra)
+    build_engine(source, tmp_path / "engine", BuildConfig(max_lora_rank=4), plugins=plugins)
+    adapted = AdaptedModel(model.model, tmp_path)
+    path = adapted.add("0", "all-linear")
+    session = Session.from_directory(tmp_path / "engine", plugins=plugins)
+    prompts = [ids[:30] for ids in model.prompts[:3]]
+    ours = adapted_logits(session, plugins, [path], [0, -1, 0], prompts, 4)
+    expected = [adapted.logits(name, ids) for name, ids in zip(("0", None, "0"), prompts, strict=True)]
+    assert distance(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "permute"), [("llama", False), ("qwen2", True)])
