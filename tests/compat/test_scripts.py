@@ -128,13 +128,19 @@ def test_a_batch_with_stop_words_and_callbacks(arguments: list[str], ours: Calla
 
 @pytest.mark.slow
 def test_ranks_share_an_engine(tiny: Path, tmp_path: Path) -> None:
-    """Two ranks, as torchrun starts them: rank 0 prints what one rank alone prints."""
+    """Two ranks, as torchrun starts them: rank 0 prints what one rank alone prints. On the CPU, which two can share."""
     build = BuildConfig(max_batch_size=4, max_seq_len=128, max_input_len=96, tokens_per_block=16, tp_size=2)
     build_engine(str(tiny / "checkpoint"), tmp_path / "engine", build)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, "-m", "trtllm_core.compat", SCRIPT, "--use_py_session", "--input_text", *TEXTS]
     command += ["--engine_dir", tmp_path / "engine", "--tokenizer_dir", tiny / "checkpoint", "--top_k", "3"]
     ranks = [

@@ -192,3 +192,16 @@ def test_a_whole_generation_equals_that_of_transformers(tmp_path):
         [prompt], CONFIG.replace(max_new_tokens=10), logits_processor=TransformersLogitsProcessor(make())
     )
     assert list(ours["outputs"][0].tokens) == whole[0, len(prompt) :].tolist()
+
+
+def test_what_keeps_no_state_takes_part_in_speculation(runner, by_hand):
+    """The n-gram decoder's drafts are verified behind it, and the tokens are those of greedy decoding."""
+    config = CONFIG.replace(decoder="ngram", max_new_tokens=30)
+    processor = TransformersLogitsProcessor(theirs.RepetitionPenaltyLogitsProcessor(1.1))
+    limit = TransformersStoppingCriterion(criteria.MaxLengthCriteria(25))
+    calls = runner.session.engine.calls
+    outputs = runner.generate([[5, 6]], config, logits_processor=processor, stopping_criteria=limit)["outputs"]
+    make = lambda: theirs.RepetitionPenaltyLogitsProcessor(1.1)  # noqa: E731
+    assert list(outputs[0].tokens) == by_hand(runner, [5, 6], alone(make), 23)
+    assert outputs[0].finish_reason == "stopping_criteria"
+    assert runner.session.engine.calls - calls <= 23
