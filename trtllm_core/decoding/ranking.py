@@ -16,6 +16,7 @@ _ONE = 2.0**32
 _ROUNDING = 1 - 2.0**-24
 
 _DIGIT = 11  # bits that one pass of ``_radix`` looks at: three passes are a float32
+_SHORT = 4096  # rows that are sorted at once
 _FEW = (256, 4096)  # how many of the largest logits are tried before all of them are looked at
 
 
@@ -68,9 +69,9 @@ def largest(logits: torch.Tensor, k: int) -> torch.Tensor:
 def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The token at which a running sum of ``weights`` reaches ``target``, going from the largest value to the smallest.
 
-    Equal values go by id. On the CPU a few of the largest are tried first, which is nearly always enough, and then a
-    radix search. On a GPU a look at the result would wait for the device, and a sort is cheaper than the many small
-    kernels of a search. The result is the same.
+    Equal values go by id. On the CPU, a few of the largest of a long row are tried first, which is nearly always
+    enough, and then a radix search. On a GPU a look at the result would wait for the device, and a sort is cheaper than
+    the many small kernels of a search. The result is the same.
 
     Args:
         values: float32 ``[n, vocab]``.
@@ -80,9 +81,8 @@ def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) 
     Returns:
         int64 ``[n, 1]``: ids.
     """
-    if not _on_host(values):
-        ids = values.sort(dim=1, descending=True, stable=True).indices
-        return ids.gather(1, reaches(weights.gather(1, ids).cumsum(dim=1), target))
+    if not _on_host(values) or values.shape[1] < _SHORT:
+        return _by_sorting(values, weights, target)
     tokens = torch.empty_like(target)
     left = torch.arange(len(values))
     for width in (few for few in _FEW if 4 * few <= values.shape[1]):
@@ -95,6 +95,11 @@ def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) 
         left, values, weights, target = left[short], values[short], weights[short], target[short]
     tokens[left] = _radix(values, weights, target)
     return tokens
+
+
+def _by_sorting(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    ids = values.sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, reaches(weights.gather(1, ids).cumsum(dim=1), target))
 
 
 def _on_host(tensor: torch.Tensor) -> bool:
