@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import regex
 import torch
 
-from trtllm_core import ModelRunner, SamplingConfig
+from trtllm_core import ModelRunner, SamplingConfig, use
 from trtllm_core.testing.markov import MarkovExecutable
 from trtllm_core.testing.vocabulary import byte_tokenizer
 
@@ -64,3 +66,37 @@ def test_streams_and_results_are_cut_where_a_plain_search_cuts(runner: ModelRunn
         assert output.tokens == plain.tokens[: len(output.tokens)]
         reasons.add(output.finish_reason)
     assert {"stop_string", "stop_regex"} <= reasons
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_strings": STRINGS, "stop_regexes": REGEXES},
+        {"stop_words_list": [[PIECES.index("ba") + 257, ord("a")], [ord("b")] * 2]},
+        {"end_id": (ord("b"), 260), "min_length": 6},
+        {"max_time": 1e6, "max_new_tokens": 11},
+        {"stopping_criteria": use("repetition", max_size=3, count=3)},
+        {"stopping_criteria": use("confidence", above=0.12, steps=2)},
+        {"stopping_criteria": use("confidence", measure="entropy", below=2.3, steps=3)},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+@pytest.mark.parametrize(
+    "choosing", [{"top_k": 0, "top_p": 1.0}, {"top_k": 2, "top_p": 0.0}, {"top_k": 1, "top_p": 0.0}]
+)
+def test_every_criterion_stops_in_drafts_where_it_stops_without(
+    runner: ModelRunner, fields: dict[str, Any], choosing: dict[str, Any]
+) -> None:
+    """N-gram speculation, whose drafts are sometimes right: the same end, to the token and to the byte."""
+    wish = CONFIG.replace(**{**choosing, **fields})
+    configs = [wish.replace(random_seed=seed) for seed in range(8)]
+    plain = runner.generate(PROMPTS, configs, text=True)["outputs"]
+    calls = runner.session.engine.calls  # type: ignore[attr-defined]
+    drafted = runner.generate(PROMPTS, [c.replace(decoder=use("ngram", tokens=5)) for c in configs], text=True)
+    calls = runner.session.engine.calls - calls  # type: ignore[attr-defined]
+    for a, b in zip(plain, drafted["outputs"], strict=True):
+        assert (b.tokens, b.length, b.text) == (a.tokens, a.length, a.text)
+        assert (b.finish_reason, b.matched) == (a.finish_reason, a.matched)
+    if choosing["top_k"] == 0 and "max_time" not in fields:
+        assert {output.finish_reason for output in plain} != {"length"}, "or nothing is shown"
+    assert calls <= max(len(output.tokens) for output in plain) + 1
