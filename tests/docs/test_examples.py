@@ -16,6 +16,7 @@ import torch
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import BranchView, CachedBlock, CommitBatch, Stop
+from trtllm_core.testing import run_kit
 from trtllm_core.testing.checkpoints import write_llama, write_lora
 from trtllm_core.testing.markov import MarkovExecutable
 from trtllm_core.testing.vocabulary import byte_tokenizer
@@ -235,3 +236,12 @@ def test_adapters(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 4
+
+
+def test_test_top_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test file that the authors' page shows, as pytest would run it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    kit = runpy.run_path(str(EXAMPLES / "test_top_a.py"))["TestTopA"]
+    results = run_kit(kit)
+    assert [result for result in results if result.status == "failed"] == []
+    assert sum(result.status == "passed" for result in results) > 15

@@ -32,6 +32,7 @@ PAGES = (
     "docs/sampling.md",
     "docs/stopping.md",
     "docs/migration.md",
+    "docs/plugin-authors.md",
 )
 LINK = re.compile(r"\[([^\]]*)\]\(([^)]+)\)")
 

@@ -76,6 +76,15 @@ def examined(kit: type[Conformance], name: str) -> type[Conformance]:
     )
 
 
+@pytest.mark.cuda
+@each
+def test_a_built_in_on_a_gpu(kit: type[Conformance], name: str) -> None:
+    if name not in SAMPLING.keys() | PARAMS.keys() | PLAIN:
+        pytest.skip("say in SAMPLING, PARAMS or PLAIN how to ask for it")
+    results = run_kit(examined(kit, name), [check for check in kit.checks() if "gpu" in check])
+    assert [result for result in results if result.status == "failed"] == []
+
+
 @each
 def test_a_built_in_conforms(kit: type[Conformance], name: str) -> None:
     if name not in SAMPLING.keys() | PARAMS.keys() | PLAIN:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,12 @@ class StoppingCriterionConformance(SlotConformance[CriterionRig]):
     def on_device(self) -> bool:
         """See ``SlotConformance``."""
         return isinstance(self.subject().make(), DeviceStoppingCriterion)
+
+    def question(self, rig: CriterionRig, slots: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """See ``SlotConformance``."""
+        batch = rig.floor.chosen({slot: PROBES[slot] for slot in slots}, scores=rig.scores())
+        ask: Callable[[], torch.Tensor] = functools.partial(rig.acting.check, batch)
+        return ask
 
     def test_declarations(self) -> None:
         """Scope, reason and capabilities are what the core reads."""

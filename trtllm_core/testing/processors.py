@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,18 @@ class LogitsProcessorConformance(SlotConformance[ProcessorRig]):
         if self.speculates():
             draft = {slot: [1, 2, 3] for slot in slots}
             life.rig.processed([0, 0, 0, 0], offsets=[0, 1, 2, 3], drafts=draft)
+
+    def question(self, rig: ProcessorRig, slots: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """See ``SlotConformance``."""
+        raw, batch = rig.rows[list(slots)], rig.floor.positions(slots)
+        work = raw.clone()
+
+        def ask() -> torch.Tensor:
+            work.copy_(raw)
+            result: torch.Tensor | None = rig.acting.apply(work, batch)
+            return work if result is None else result
+
+        return ask
 
     # -- what it declares ----------------------------------------------------------------------------------------
 

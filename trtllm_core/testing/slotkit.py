@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic
+
+import torch
 
 from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import SamplingConfig
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin.versions import CORE
 from trtllm_core.testing.generations import generate, new_runner
-from trtllm_core.testing.kit import Conformance, passed_over, require
+from trtllm_core.testing.kit import Conformance, cuda, need_gpu, passed_over, require
 from trtllm_core.testing.letters import letter_tokenizer
 from trtllm_core.testing.lives import G, Life, Rig, Setting
 from trtllm_core.testing.subject import Case, Kind, Subject, product, resolve
@@ -275,6 +277,63 @@ class SlotConformance(Conformance, Generic[G]):
             rig.commit(rig.possible({slot: life.tokens(1) for slot in rig.branches}))
             rig.fork([(0, 1), (1, 0)])
             require(rig.plugin.graph_key == key, "its graph_key changed, though no slot began or ended")
+
+    @cuda
+    def test_gpu_equals_cpu(self) -> None:
+        """On a GPU it answers as on the CPU."""
+        device = need_gpu()
+        for seed in range(2):
+            here, there = self.life(seed), self.life(seed, device=device)
+            for life in (here, there):
+                life.grow(3)
+                life.fork()
+            self.alike_on_gpu(here.rig, there.rig)
+
+    def alike_on_gpu(self, here: G, there: G) -> None:
+        """Two rigs that lived the same, one of them on a GPU, answer alike."""
+        found = {s: a.cpu() if hasattr(a, "cpu") else a for s, a in there.answers(list(there.branches)).items()}
+        self.same_answers(here, found, here.answers(list(here.branches)), "on a GPU it answers differently")
+
+    @cuda
+    def test_gpu_never_waits(self) -> None:
+        """On a GPU, a step passes torch's sync debug mode."""
+        device = need_gpu()
+        if not self.on_device():
+            passed_over("it is a host plugin")
+        from trtllm_core.testing.gpu import sync_errors
+
+        life = self.life(0, device=device)
+        self.ask_all(life)  # once before: what is compiled or loaded at the first call may wait
+        life.rig.watch = sync_errors
+        self.ask_all(life)
+        life.rig.commit({slot: life.tokens(1) for slot in life.rig.branches})
+        life.rig.fork([(0, 1), (1, 0)])
+
+    @cuda
+    def test_gpu_graphs(self) -> None:
+        """What declares ``graph_safe`` is captured once and replayed as the texts go on, with the same answers."""
+        device = need_gpu()
+        if not self.subject().make().capabilities.graph_safe or not self.on_device():
+            passed_over("it does not declare graph_safe")
+        from trtllm_core.testing.gpu import GraphedCommits, captured
+
+        eager, life = self.life(1, device=device), self.life(1, device=device)
+        slots = list(life.rig.branches)
+        plain, again = self.question(eager.rig, slots), self.question(life.rig, slots)
+        graph, answer = captured(again, warm=True)
+        commits = GraphedCommits(life.rig, slots)
+        for step in range(5):
+            graph.replay()
+            due = plain()
+            same = torch.allclose(answer.float(), due.float(), rtol=1e-4, atol=1e-4)
+            require(same, f"replayed from a CUDA graph, it answers differently after {step} steps")
+            new = {slot: eager.tokens(1) for slot in slots}
+            eager.rig.commit(new)
+            commits.commit(new)
+
+    def question(self, rig: G, slots: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """A call of the plugin on tensors that stay where they are; what it returns."""
+        raise NotImplementedError
 
     # -- requests ------------------------------------------------------------------------------------------------
 
