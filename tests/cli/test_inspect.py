@@ -96,7 +96,7 @@ def test_explain_json(cli: Callable, tiny_engine: Path) -> None:
     assert plan["consumers"]["stop_strings"] == ["stop_strings"]
     greedy = plan["pipeline"][1]
     assert greedy["consumes"] == {"top_k": 1, "top_p": 0.0, "random_seed": None}
-    assert greedy["capabilities"] == {"greedy": True, "graph_safe": True, "needs": []}
+    assert greedy["capabilities"].items() >= {"greedy": True, "graph_safe": True, "needs": []}.items()
     assert greedy["source"] == f"trtllm-core {__version__} (decoding)"
     assert len(plan["hash"]) == 64
     host = {item["name"]: item["runs_on"] for item in plan["pipeline"]}
@@ -134,6 +134,15 @@ def test_explain_knows_searches_and_linear_caches(cli: Callable, tiny_engine: Pa
     assert "beam_search_diversity_rate=0.0" in out.replace("\n", "").replace(" ", "")
     found = json.loads(cli("explain", engine, "--set", "num_beams=3", "--json").stdout)
     assert found["branches"] == {"branches": 1, "max_branches": 3, "max_positions": 1, "returns": 3}
+
+
+def test_explain_shows_drafts_and_who_takes_their_tokens(cli: Callable, tiny_engine: Path) -> None:
+    out = cli("explain", tiny_engine, "--decoder", 'ngram:{"tokens": 4}').stdout
+    assert re.search(r"^drafts +up to 5 positions of a branch are verified in a step", out, re.MULTILINE)
+    plan = json.loads(cli("explain", tiny_engine, "--decoder", 'ngram:{"tokens": 4}', "--json").stdout)
+    assert plan["positions"] == 5
+    kinds = {item["name"]: item["kind"] for item in plan["pipeline"]}
+    assert (kinds["greedy"], kinds["ngram"]) == ("sampler", "decoder")
 
 
 def test_explain_has_the_hash_of_the_session(cli: Callable, tiny_engine: Path) -> None:

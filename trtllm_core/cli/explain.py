@@ -75,6 +75,7 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     return {
         "hash": plan.digest(),
         "branches": asdict(plan.branching),
+        "positions": plan.positions,
         "preset": request.preset,
         "phases": _phases(request),
         "pipeline": [_record(item, request) for item in plan.items],
@@ -146,5 +147,7 @@ def _print_fields(plan: Plan, request: SamplingConfig) -> None:
                 f"starts with {branching.branches}, has up to {branching.max_branches}, returns {branching.returns}",
             )
         )
+    if plan.positions > 1:
+        lines.append(("drafts", f"up to {plan.positions} positions of a branch are verified in a step"))
     lines += [("note", note) for note in plan.notes]
     print_facts([*lines, ("plan hash", plan.digest())])
