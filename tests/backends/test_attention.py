@@ -38,8 +38,14 @@ def layer(heads: int = 4, kv_heads: int = 2, size: int = 32, rotary: int | None 
 class Rows:
     """Sequences of random queries, keys and values, and a pool with blocks in disorder for them."""
 
-    def __init__(self, attention: Attention, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-        self.layer = attention
+    def __init__(
+        self,
+        attention: Attention,
+        lengths: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self.layer, self.device = attention, device
         heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_size
         random = torch.Generator().manual_seed(sum(lengths))
         self.qkv = [torch.randn(n, heads + 2 * kv_heads, size, generator=random) for n in lengths]
@@ -48,7 +54,7 @@ class Rows:
         self.blocks = np.random.default_rng(0).permutation(len(lengths) * blocks).astype(np.int32).reshape(-1, blocks)
         model = KVModel(1, kv_heads, size, str(dtype).removeprefix("torch."), 0)
         self.plan = KVPlan(self.blocks.size, BLOCK, blocks, model)
-        self.pool = KVPool(self.plan, dtype, CPU)
+        self.pool = KVPool(self.plan, dtype, device)
         self.past = [0] * len(lengths)
 
     def run(self, counts: dict[int, int], context: type[PagedContext]) -> dict[int, torch.Tensor]:
@@ -61,7 +67,8 @@ class Rows:
         }
         positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past, counts.values(), strict=True)])
         packed = torch.cat([self.qkv[row][p : p + counts[row]] for row, p in zip(rows, past, strict=True)])
-        out = self.layer(packed.clone(), context(PackedBatch(inputs, self.plan, CPU), self.pool, positions))
+        made = context(PackedBatch(inputs, self.plan, self.device), self.pool, positions.to(self.device))
+        out = self.layer(packed.to(self.device, copy=True), made).cpu()
         for row, count in counts.items():
             self.past[row] += count
         return dict(zip(rows, torch.split(out, list(counts.values())), strict=True))
@@ -242,3 +249,18 @@ def test_ranks_have_the_slopes_of_their_heads(size: int) -> None:
     assert sum(parts, ()) == whole
     assert whole[:8] == tuple(2.0**-i for i in range(1, 9))
     assert whole[8:] == tuple(2.0 ** -(i / 2) for i in (1, 3, 5, 7))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+def test_cuda(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    device = torch.device("cuda")
+    for cut in CUTS.values():
+        rows = Rows(layer(**LAYERS[name]), LENGTHS, dtype, device)
+        if rows.layer.rotary is not None:
+            rows.layer.rotary.prepare(LONGEST, device, dtype)
+        if rows.layer.alibi is not None:
+            rows.layer.alibi.prepare(device)
+        largest = max(x.abs().max().item() for x in rows.qkv)
+        assert off(rows.cut(cut, PagedContext), rows.expected()) < tolerance * largest
