@@ -234,6 +234,27 @@ class KeyIsAList(Counting):
     graph_key = [1]  # noqa: RUF012 (that is what is wrong with it)
 
 
+class OtherOnAGpu(Counting):
+    def apply(self, logits, batch):
+        super().apply(logits, batch)
+        if logits.is_cuda:
+            logits.sub_(0.1 * batch.active[:, None])
+
+
+class FrozenInAGraph(Counting):
+    """Its Python state is that of the capture for ever."""
+
+    steps = 0
+
+    def apply(self, logits, batch):
+        super().apply(logits, batch)
+        logits.sub_(0.1 * self.steps * batch.active[:, None])
+
+    def commit(self, batch):
+        super().commit(batch)
+        self.steps += 1
+
+
 class TakesAnything(Counting):
     class Params(BaseModel, extra="forbid"):
         weight: float = 0.5
