@@ -11,6 +11,7 @@ import torch
 
 from trtllm_core import Plugins, SamplingConfig
 from trtllm_core.decoding.choosing import Choosers
+from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.plan import Planner
 from trtllm_core.plugin import DeviceLogitsProcessor, LogitsBatch, Sampler
@@ -107,7 +108,7 @@ def test_a_pipeline_of_both_presets_never_waits(new_floor, rng):
     context = on_gpu(floor.context)
     planner = Planner(Plugins.load())
     pipeline = LogitsPipeline(context, ROWS, lambda slot: floor.histories[slot])
-    choosers = Choosers(context)
+    choosers = Choosers(context, Host(pipeline, Samplers(context)))
     for slot in range(ROWS):
         sampling = SamplingConfig(preset=("trtllm", "hf")[slot % 2], **{**WISHES[slot % 4], "top_p_decay": None})
         plan = planner.plan(sampling, beside=pipeline.beside(sampling.preset))

@@ -57,6 +57,7 @@ BROKEN = {
     "own_embedding": {"test_prompt_tables"},
     "takes_anything": {"test_an_unknown_tensor_is_refused"},
 }
+WRONG_ON_TWO_RANKS = {"whole_output", "slopes_of_one_rank"}
 BROKEN_BLOOM = {"slopes_in_reverse": LOGITS, "slopes_of_one_rank": {"test_tensor_parallel"}}
 
 
@@ -69,7 +70,10 @@ def test_a_broken_family_is_caught(name: str, tmp_path: Path, monkeypatch: pytes
         plugins = (f"broken_families:{name}",)
         deny = ("llama", "bloom")
 
-    assert failures(Broken, tmp_path) == (BROKEN | BROKEN_BLOOM)[name]
+    expected = (BROKEN | BROKEN_BLOOM)[name]
+    if name not in WRONG_ON_TWO_RANKS:  # where one rank is wrong already, two processes show nothing new
+        Broken.tensor_parallel, expected = False, expected - {"test_tensor_parallel"}
+    assert failures(Broken, tmp_path) == expected
 
 
 def test_the_right_family_fails_nothing(tmp_path: Path) -> None:
@@ -93,4 +97,6 @@ def failures(kit: type[ModelFamilyConformance], directory: Path) -> set[str]:
                 test(**{argument: given[argument] for argument in inspect.signature(test).parameters})
             except (AssertionError, TrtllmCoreError, pytest.fail.Exception):
                 failed.add(name)
+            except pytest.skip.Exception:
+                pass
     return failed
