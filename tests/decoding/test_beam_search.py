@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core import KVCacheConfig, ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.config import BuildConfig
 from trtllm_core.decoding.hf_beams import HFBeamSample
 from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.testing.letters import letter_tokenizer, pieces
 from trtllm_core.testing.markov import MarkovExecutable
 
 VOCAB = 23
@@ -388,3 +389,73 @@ def test_what_a_search_does_not_do_is_refused_before_the_first_token(runner, fie
     with pytest.raises(error, match=words):
         runner.generate([[1]], SamplingConfig(**fields))
     assert runner.session.engine.calls == calls
+
+
+# -- all of it together -----------------------------------------------------------------------------------------------
+
+
+def with_penalty_and_stop(
+    model: Model, prompt: list[int], width: int, limit: int, penalty: float, stop: str
+) -> list[tuple[list[int], float, str]]:
+    """Beam search under a repetition penalty and a stop string, from the words alone: tokens, score and text."""
+    letters = pieces(VOCAB)
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    finished: list[tuple[list[int], float, str]] = []
+    for length in range(1, limit + 1):
+        candidates = []
+        for tokens, score in beams:
+            x = model(prompt + tokens).clone()
+            for t in set(prompt + tokens):
+                x[t] = x[t] * penalty if x[t] < 0 else x[t] / penalty
+            chances = x.log_softmax(-1)
+            candidates += [(score + float(chances[t]), [*tokens, t]) for t in range(VOCAB)]
+        candidates.sort(key=lambda one: -one[0])
+        beams = []
+        for rank, (score, tokens) in enumerate(candidates[: 2 * width]):
+            text = "".join(letters[t] for t in tokens)
+            if stop in text:
+                if rank < width:
+                    finished.append((tokens, score / length, text[: text.index(stop)]))
+            elif len(beams) < width:
+                beams.append((tokens, score))
+        finished.sort(key=lambda one: -one[1])
+        if len(finished) >= width:
+            break
+    else:
+        finished += [(tokens, score / limit, "".join(letters[t] for t in tokens)) for tokens, score in beams]
+    return sorted(finished, key=lambda one: -one[1])[:width]
+
+
+def test_beams_with_a_penalty_and_a_stop_string_over_a_prefix_that_is_reused():
+    """Counts follow the forks, beams that run into the string are hypotheses, the text is cut, blocks are reused."""
+    executable = MarkovExecutable(VOCAB, seed=3, build=BUILD, remembers=True)
+    runner = ModelRunner.from_engine(
+        executable, tokenizer=letter_tokenizer(VOCAB), kv_cache=KVCacheConfig(policy="prefix")
+    )
+    model, rng = Model(executable), random.Random(7)
+    shared = [rng.randrange(VOCAB) for _ in range(13)]
+    config = SamplingConfig(
+        num_beams=4, repetition_penalty=1.4, stop_strings=["ba"], end_id=(), max_new_tokens=14, return_dict=True
+    )
+    reasons: set[str] = set()
+    for turn in range(4):
+        prompts = [[*shared, *random_prompt(rng)] for _ in range(3)]
+        outputs = iter(runner.generate(prompts, config, text=True)["outputs"])
+        streamed: dict[tuple[str, int], tuple[list[int], str]] = {}
+        for delta in runner.generate(prompts, config, streaming=True, text=True):
+            tokens, text = streamed.get((delta.request_id, delta.sequence), ([], ""))
+            if delta.keep is not None:
+                tokens, text = tokens[: delta.keep], text[: delta.keep_text]
+            streamed[delta.request_id, delta.sequence] = [*tokens, *delta.tokens], text + delta.text
+        for prompt in prompts:
+            for tokens, score, text in with_penalty_and_stop(model, prompt, 4, 14, 1.4, "ba"):
+                one = next(outputs)
+                assert (list(one.tokens), one.text) == (tokens, text)
+                assert streamed[one.request_id, one.sequence] == (tokens, text)
+                assert one.score == pytest.approx(score, abs=1e-4)
+                assert turn == 0 or one.cached_prompt_tokens >= 12
+                reasons.add(one.finish_reason)
+    assert reasons == {"stop_string", "length"}
+    cache = runner.generation.loop.cache
+    assert cache.usage().free == cache.usage().total
+    cache.policy.check_integrity()
