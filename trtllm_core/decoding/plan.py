@@ -199,7 +199,7 @@ class Planner:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
         chosen = ordered(chosen, sampling.preset)
         _check_beside(chosen, beside, sampling.preset)
-        asked = sampling.model_dump(mode="json", include=set(sampling.asked()))
+        asked = sampling.model_dump(mode="json", include=set(sampling.asked()), fallback=_kind)
         branching = branching_of(decoder, sampling, prompt, self.build)
         positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers)
         return Plan(
@@ -319,6 +319,11 @@ def _check_kind(name: str, thing: object, bases: tuple[type, ...], kind: str) ->
                 raise PluginContractError(
                     f"plugin {name!r} is a {host.__name__} and has {method}, which is never called: write {instead}"
                 )
+
+
+def _kind(thing: object) -> str:
+    """What stands for an object, such as a draft engine, among a request's wishes."""
+    return type(thing).__name__
 
 
 def _greedy(sampling: SamplingConfig) -> bool:
