@@ -90,7 +90,11 @@ ASKED = {
 
 
 PARAMS = {"confidence": {"above": 0.9}, "repetition": {"max_size": 3}, "diverse_beam_search": {"groups": 1}}
-DEVICE = [entry for entry in ENTRIES if not issubclass(entry.load(), HostStoppingCriterion)]
+DEVICE = [
+    entry
+    for entry in ENTRIES
+    if not issubclass(entry.load(), HostStoppingCriterion) and entry.name != "draft_model"  # which needs an engine
+]
 
 
 def view_of(entry, floor, slot, prompt, **asked):
