@@ -245,3 +245,16 @@ def test_test_top_a(monkeypatch: pytest.MonkeyPatch) -> None:
     results = run_kit(kit)
     assert [result for result in results if result.status == "failed"] == []
     assert sum(result.status == "passed" for result in results) > 15
+
+
+def test_decoder_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """It finds what a session of an engine with the same table finds."""
+    module = runpy.run_path(str(EXAMPLES / "decoder_alone.py"))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    build = BuildConfig(max_batch_size=2, max_beam_width=3, max_seq_len=10, max_input_len=9, max_num_tokens=32)
+    runner = ModelRunner.from_engine(MarkovExecutable(50, table=module["table"], build=build))
+    config = SamplingConfig(end_id=0, num_beams=3, repetition_penalty=1.3, return_dict=True)
+    outputs = runner.generate([[7, 8], [9]], [config.replace(max_new_tokens=8), config.replace(max_new_tokens=9)])
+    for one in outputs["outputs"]:
+        row = module["output"].ids[int(one.request_id), one.sequence].tolist()
+        assert row[: len(one.prompt) + len(one.tokens)] == [*one.prompt, *one.tokens]
