@@ -320,3 +320,23 @@ def test_checkpoints_without_the_prefix(case: Any, tmp_path: Path) -> None:
     with ModelRunner.from_dir(tmp_path / "engine", plugins=one.plugins, lora_dir=one.paths) as runner:
         result = runner.generate(PROMPTS[:1], GREEDY, lora_uids=["0"])
     assert tokens(result)[0] == one.expected(0)
+
+
+@pytest.mark.parametrize("policy", ["paged", "prefix"])
+def test_preempted_requests_keep_their_conditions(policy: str, case: Any) -> None:
+    """What gives its cache back computes its prompt anew, with its own adapter and table."""
+    one = case("llama")
+    cache = KVCacheConfig(policy=policy, max_tokens=88, options={"admission": "optimistic"})
+    with one.runner(kv_cache=cache) as runner:
+        result = runner.generate(PROMPTS, GREEDY, prompt_table=one.table, prompt_tasks=TASKS, lora_uids=UIDS)
+    assert tokens(result) == [one.expected(i) for i in range(len(PROMPTS))]
+    assert sum(output.preemptions for output in result["outputs"]) > 0
+
+
+def test_drafts_under_conditions(case: Any) -> None:
+    """Lookup in the prompt finds virtual ids too, which are never drafted; what is accepted is what would be chosen."""
+    one = case("llama")
+    with one.runner() as runner:
+        config = GREEDY.replace(decoder="ngram")
+        result = runner.generate(PROMPTS, config, prompt_table=one.table, prompt_tasks=TASKS, lora_uids=UIDS)
+    assert tokens(result) == [one.expected(i) for i in range(len(PROMPTS))]

@@ -158,3 +158,16 @@ def test_log_probs_of_prompts(plugins, build):
 def test_a_tensor_has_no_place_for_log_probs_of_prompts(plugins):
     with pytest.raises(ConfigError, match="'prompt_logprobs': a tensor of token ids has no place for it"):
         make(plugins).generate([[5]], prompt_logprobs=0)
+
+
+def test_drafts_have_logits_of_their_own(plugins):
+    """A step that accepts several tokens keeps what each was chosen from."""
+    table = torch.randn(97, 97, generator=torch.Generator().manual_seed(1))
+    table[torch.arange(97), (torch.arange(97) + 1) % 7] += 20  # the text runs in a circle
+    runner = ModelRunner.from_engine(MarkovExecutable(build=BUILD.replace(**BOTH), table=table), plugins=plugins)
+    config = SamplingConfig(end_id=(), max_new_tokens=40, return_dict=True, decoder="ngram")
+    outputs = runner.generate([[1, 2, 3], [5], [0, 9]], config)["outputs"]
+    for output in outputs:
+        check(runner, output)
+    told = [d.tokens for d in runner.generate([[1, 2, 3]], config, streaming=True)]
+    assert max(map(len, told)) > 1, "drafts were accepted"
