@@ -14,7 +14,7 @@ _SALT = draw_salt("cooling")
 class Cooling(Sampler):
     """Draws from the softmax, sharper with each even token of the text. All of its promises hold."""
 
-    capabilities = DecoderCapabilities(graph_safe=True)
+    capabilities = DecoderCapabilities(graph_safe=True, per_position=True)
 
     class Params(BaseModel, extra="forbid"):
         rate: float = Field(default=0.3, ge=0)

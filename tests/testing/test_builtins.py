@@ -55,7 +55,7 @@ PARAMS: dict[str, tuple[dict[str, Any], ...]] = {
     "repetition": ({"count": 2}, {"min_size": 2, "max_size": 3, "count": 2}),
 }
 """Its own parameters."""
-PLAIN = {"end_id", "greedy", "multinomial"}
+PLAIN = {"end_id", "greedy", "multinomial", "ngram"}
 """What needs nothing."""
 QUIET = {"max_time"}
 """What does nothing in a kit: its clock stands still."""

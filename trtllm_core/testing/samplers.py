@@ -115,8 +115,15 @@ class DecoderConformance(SearchChecks[SamplerRig]):
         """See ``SlotConformance``: with drafts too."""
         slots = list(life.rig.branches)
         life.rig.answers(slots)
+        if not self.per_position():
+            return
         draft = {slot: [1, 2, 3] for slot in slots}
         life.rig.taken([0, 0, 0, 0], life.rig.rows[0, [0, 0, 0, 0]], offsets=[0, 1, 2, 3], drafts=draft)
+
+    def per_position(self) -> bool:
+        """Whether it says that it can be asked behind drafts."""
+        declared: bool = self.subject().make().capabilities.per_position
+        return declared
 
     def test_tokens_can_be_chosen(self) -> None:
         """Each token is of the vocabulary and was not forbidden."""
@@ -158,7 +165,9 @@ class DecoderConformance(SearchChecks[SamplerRig]):
                     require(token == due[slot][0], what)
 
     def test_draws_belong_to_positions(self) -> None:
-        """Behind drafts it draws what it would draw had they been committed: the numbers are those of the position."""
+        """What declares ``per_position`` draws behind drafts as if they had been committed: the position counts."""
+        if not self.per_position():
+            passed_over("it does not declare per_position: it is not asked about several positions at once")
         for seed in range(self.lives):
             life = self.life(seed)
             rig, slots = life.rig, list(life.rig.branches)

@@ -141,6 +141,8 @@ def only_possible(decoder: Decoder, vocab: int) -> Any:
             pairs = zip([place[slot] for slot in chosen.slot.tolist()], chosen.tokens.tolist(), strict=True)
         else:
             rows = batch.active.nonzero().flatten().tolist()
+            if batch.draft is not None:  # rows are positions there, several of them for each branch
+                return chosen
             pairs = zip(rows, chosen.tokens[rows, 0].tolist(), strict=True)
         for row, token in pairs:
             require(0 <= token < vocab, f"it takes token {token}, outside the vocabulary of {vocab}")
