@@ -9,6 +9,11 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 from trtllm_core.plugin import DecodingContext
 
+_PLAIN = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_PLAIN}{times}" for times in ("{1,10}", "{1,15}", "{1,30}", "+"))]
+"""Tokens that are sorted apart, with a mask of each part: where a string in JSON may still be 15 characters long, the
+masks of the parts up to 15 are taken as they are. Those of llguidance have no 15; more of them cost shorter strings."""
+
 
 class Vocabulary:
     """The tokens of an engine, and behind them one that is no token: the end of a text.
@@ -34,9 +39,8 @@ class Vocabulary:
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
-        """Made when first needed: it sorts the whole vocabulary into a tree, and keeps masks for text in quotes."""
-        wrapper = TokenizerWrapper(_Source(self))
-        return LLTokenizer(wrapper, n_vocab=self.end + 1, slices=LLTokenizer.json_slices())
+        """Made when first needed: it sorts the whole vocabulary into a tree."""
+        return LLTokenizer(TokenizerWrapper(_Source(self)), n_vocab=self.end + 1, slices=SLICES)
 
     @property
     def words(self) -> int:
