@@ -3,11 +3,13 @@
 The factors of all adapters lie side by side, each padded to one rank. One product then serves rows of several
 adapters: every row meets the factors of all of them, and what it has from others' is set to zero in between. That reads
 each factor once and needs two or three products a layer, however the batch is mixed, which is what counts while few
-rows run. Where many run, arithmetic counts, and each adapter's rows get products of their own.
+rows run, and on a GPU, where every launch costs. Where many run on a CPU, arithmetic counts, and each adapter's rows
+get products of their own.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +29,9 @@ RANK_STEP = 16
 """Ranks are padded to a multiple of this: 64 bytes of float32, so that every adapter's factors lie alike."""
 
 TOGETHER_UP_TO = 64
-"""Rows with an adapter up to which one product serves all adapters."""
+"""Rows with an adapter up to which one product serves all adapters on a CPU. On a GPU it always does: for 8 adapters of
+rank 16 on 4096 x 4096 bfloat16 features (H100), it adds 147, 65 and 83 µs to 8, 1024 and 4096 rows; products of their
+own add 669, 803 and 560 µs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ class LoraBank:
         self.dtype, self.device, self.product = dtype, device, product
         self.groups: Sequence[AdapterRows] = ()
         """Of the running call."""
-        self._together = 0 if invariant else TOGETHER_UP_TO
+        self._together = 0 if invariant else TOGETHER_UP_TO if device.type == "cpu" else sys.maxsize
         self._layers: dict[str, LoraLinear] = {}
         for name, parts in sizes.items():
             layer = module.get_submodule(name)
