@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,8 @@ class BranchTable:
         self.samplers = Samplers(context)
         self.choosers = Choosers(context, Host(self.pipeline, self.samplers))
         self.rules = StoppingRules(context, history)
+        self.stages: tuple[Stages[Any], ...] = (self.pipeline, self.samplers, self.choosers, self.rules)
+        """The kinds of plugins at work."""
         self.live: dict[int, Branch] = {}
         """The branches that run, by slot."""
         self.owners: dict[int, LiveRequest] = {}
@@ -74,11 +77,6 @@ class BranchTable:
         self.drafts = Drafts(build.max_branches, device)
         self._token_bytes = token_bytes
         self._left: list[int] = []
-
-    @property
-    def stages(self) -> tuple[Stages, ...]:  # type: ignore[type-arg]
-        """The kinds of plugins at work."""
-        return self.pipeline, self.samplers, self.choosers, self.rules
 
     @property
     def wants_log_probs(self) -> bool:

@@ -48,6 +48,8 @@ def commit(table: BranchTable, cache: KVCache, outcome: Outcome) -> list[Delta]:
 
 
 def _failures(table: BranchTable) -> dict[int, PluginError]:
+    if not any(stages.failures for stages in table.stages):
+        return {}
     return {slot: error for stages in table.stages for slot, error in stages.take_failures().items()}
 
 
@@ -106,10 +108,11 @@ def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
     """Append ``new`` to the rows' slots, and tell the plugins."""
     counts = list(map(len, new))
     count = torch.tensor(counts, device=outcome.slot.device)
-    width = outcome.tokens.shape[1]
-    padded = np.array([row + [0] * (width - len(row)) for row in new], np.int64)
     table.slots.commit(outcome.slot, outcome.tokens, count)
-    table.slots.record(np.array(outcome.slots), padded, np.array(counts))
+    if not table.slots.shared:
+        width = outcome.tokens.shape[1]
+        padded = np.array([row + [0] * (width - len(row)) for row in new], np.int64)
+        table.slots.record(np.array(outcome.slots), padded, np.array(counts))
     rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
     for stages in table.stages:
         stages.commit(rows)

@@ -32,7 +32,8 @@ class Slots:
         """int32 ``[slots, max_seq_len]``: prompt and committed tokens."""
         self.lengths = np.zeros(count, np.int64)
         """int64 ``[slots]``: tokens of each slot."""
-        self._shared = device.type == "cpu"
+        self.shared = device.type == "cpu"
+        """Whether the host's copy and the device's are one memory."""
         self._free = list(range(count - 1, -1, -1))
         self.context = DecodingContext(
             slots=count,
@@ -70,7 +71,7 @@ class Slots:
         self.tokens[slot, :n] = prompt
         self.lengths[slot] = n
         context = self.context
-        if not self._shared:
+        if not self.shared:
             context.tokens[slot, :n] = torch.from_numpy(self.tokens[slot, :n]).to(context.device)
             context.lengths[slot] = n
         context.prompt_lengths[slot] = n
@@ -89,7 +90,7 @@ class Slots:
 
     def record(self, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
         """The same on the host, once the tokens are known there: ``tokens [n, k]``, ``counts [n]``."""
-        if self._shared:
+        if self.shared:
             return
         for slot, row, n in zip(slots, tokens, counts, strict=True):
             length = self.lengths[slot]
@@ -99,7 +100,7 @@ class Slots:
     def rewind(self, slot: int, n: int) -> None:
         """Take back the last ``n`` tokens. They stay readable behind the length until others are written."""
         self.lengths[slot] -= n
-        if not self._shared:
+        if not self.shared:
             self.context.lengths[slot] -= n
 
     def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
@@ -108,9 +109,7 @@ class Slots:
         for array in (self.tokens, self.lengths):
             array[b] = array[a]  # the right side is a copy before the left is written
         context = self.context
-        tensors = (
-            [context.prompt_lengths] if self._shared else [context.prompt_lengths, context.tokens, context.lengths]
-        )
+        tensors = [context.prompt_lengths] if self.shared else [context.prompt_lengths, context.tokens, context.lengths]
         for tensor in tensors:
             tensor[b] = tensor[a].clone()
 
