@@ -51,7 +51,7 @@ def test_build_records_it(engine: Path, tiny_checkpoint: Path, cli: Any) -> None
     assert (build.gather_context_logits, build.gather_generation_logits) == (True, False)
     assert "up to date" in cli("build", tiny_checkpoint, "-o", engine, *OPTIONS).stdout
     plan = json.loads(cli("plan", engine, "--json").stdout)
-    assert plan["lora"] > 0
+    assert plan["lora"] == 3 * 16 * 2 * 4 * ((3 * 64 + 128) + (64 + 64) + (2 * 64 + 256) + (128 + 64))
     assert plan["total"] >= plan["lora"] + plan["weights"]
 
 

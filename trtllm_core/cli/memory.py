@@ -69,7 +69,8 @@ def _lora_bytes(config: EngineConfig) -> int:
     from trtllm_core.config.model import BYTES
 
     features = sum(len(layer.rows) * layer.inputs + sum(layer.rows) for layer in config.lora_layers.values())
-    return config.build.max_loras * config.build.max_lora_rank * features * BYTES[config.model.dtype]
+    rank = -(-config.build.max_lora_rank // 16) * 16  # as LoraBank pads it
+    return config.build.max_loras * rank * features * BYTES[config.model.dtype]
 
 
 def weight_bytes(config: EngineConfig, family: ModelFamily) -> list[int]:
