@@ -19,7 +19,7 @@ from trtllm_core.decoding.plan import Plan, Planner, offers
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError
-from trtllm_core.kv_cache.making import make_cache
+from trtllm_core.kv_cache.making import make_cache, with_window
 from trtllm_core.loop import StepLoop
 from trtllm_core.lora import LoraManager
 from trtllm_core.outputs import BatchIds, batch_result, check_ids_suffice, outputs_of, partial_result
@@ -92,12 +92,13 @@ class GenerationSession(EngineProperties):
             self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
         )
         cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
-        if cache.plan.window is not None:
-            planner.offers -= {"kv_rewind"}
+        planner.follow(cache.plan.rewindable)
         self.loop = StepLoop(self.session, cache, branches, self.plugins)
         self.lora = LoraManager(self.session, self.plugins, TensorParallel(self.mapping.tp_rank, self.mapping.tp_size))
         self._batch = StaticBatch(self.loop, self.lora)
         self._shape: tuple[int, int, int, int] | None = None
+        self._window: tuple[int | None, int | None] = (None, None)
+        self._cache_config = self.kv_config
         self._closed = False
         self.plugins.on_session_start(self._stats())
 
@@ -116,14 +117,9 @@ class GenerationSession(EngineProperties):
 
         Raises:
             CapacityError: the engine was not built for that much.
-            ConfigError: a window or sinks, which the engine's cache does not offer.
+            ConfigError: a window or sinks, which the session's cache does not offer.
         """
         build = self.config.build
-        if max_attention_window_size is not None or sink_token_length:
-            raise ConfigError(
-                "max_attention_window_size and sink_token_length are not honoured by the KV policy "
-                f"{self.kv_config.policy!r} on this backend"
-            )
         for name, asked, most in (
             ("batch_size", batch_size, build.max_batch_size),
             ("beam_width", beam_width, build.max_beam_width),
@@ -132,6 +128,8 @@ class GenerationSession(EngineProperties):
         ):
             if not 1 <= asked <= most:
                 raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
+        self._window = max_attention_window_size, sink_token_length
+        self._fit_cache(self._window)
         self._shape = (batch_size, max_context_length, max_new_tokens, beam_width)
 
     def decode(
@@ -240,6 +238,11 @@ class GenerationSession(EngineProperties):
             lora_uids,
             deltas=streaming and not full,
         )
+        windows = {(one.sampling.max_attention_window_size, one.sampling.sink_token_length) for one in requests}
+        if len(windows) > 1:
+            raise ConfigError("requests of one batch share one cache, and need one max_attention_window_size and sinks")
+        asked = windows.pop() if windows else (None, None)
+        self._fit_cache(self._window if asked == (None, None) else asked)
         if not streaming:
             return self.decode_regular(requests)
         return self._stream_full(requests) if full else self.decode_stream(requests)
@@ -281,6 +284,16 @@ class GenerationSession(EngineProperties):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _fit_cache(self, window: tuple[int | None, int | None]) -> None:
+        """Make the cache anew where this window and these sinks are not what it has."""
+        engine = self.session.engine
+        config = with_window(self.kv_config, *window, engine, self.plugins)
+        if config != self._cache_config:
+            self._batch.check_idle()
+            self.loop.cache = make_cache(config, engine, self.plugins, self.loop.branches.slots.tokens)
+            self.loop.branches.planner.follow(self.loop.cache.plan.rewindable)
+            self._cache_config = config
 
     def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
         """The whole result, as it stands, after each step that added something."""

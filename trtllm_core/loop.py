@@ -101,6 +101,7 @@ class StepLoop:
         self.cache.extend(rows.slots, rows.counts)
         logits = self._run(rows)
         self.cache.commit(rows.slots, rows.counts)
+        self.cache.settle(rows.slots, rows.counts)
         deltas = self._choose(rows, logits) if rows.asking.any() else []
         self._observe(rows, generation, started)
         return deltas
@@ -200,7 +201,7 @@ class StepLoop:
             "input_ids": ids,
             "position_ids": position,
             "query_lengths": rows.counts.astype(np.int32),
-            "past_lengths": past.astype(np.int32),
+            "past_lengths": (past - self.cache.dropped[rows.slots]).astype(np.int32),
             "block_tables": self.cache.tables[rows.slots],
             "logits_indices": given,
         }

@@ -40,8 +40,7 @@ class StaticBatch:
             ConfigError: another batch is running, or a request cannot work: then nobody gets a token.
             CapacityError: a request could never run.
         """
-        if self._running:
-            raise ConfigError("another batch is still running on this session: use up or close its stream first")
+        self.check_idle()
         self._running = True
         live: list[LiveRequest] = []  # started, and their end not told yet
         with ExitStack() as stack:  # at the end calls all of them, whatever one raises
@@ -62,6 +61,15 @@ class StaticBatch:
                     self._freed = True
                 yield deltas
 
+    def check_idle(self) -> None:
+        """Refuse to go on while a batch runs.
+
+        Raises:
+            ConfigError: one does.
+        """
+        if self._running:
+            raise ConfigError("another batch is still running on this session: use up or close its stream first")
+
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what cannot work before the first token of anybody."""
         processors: dict[str, dict[object, PlanItem]] = {}  # by preset
@@ -71,6 +79,7 @@ class StaticBatch:
             beside = processors.setdefault(sampling.preset, {})
             plan = self._branches.plan(request, beside.values())
             beside.update({item.key: item for item in plan.processors})
+            self._loop.cache.check_window(sampling.max_attention_window_size, sampling.sink_token_length)
             most = plan.branching.max_branches
             self._loop.cache.check(prompt, sampling.max_new_tokens, sampling.cache_priority, most)
             if ranks > 1 and not plan.greedy and request.sampling.random_seed is None:

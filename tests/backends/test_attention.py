@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_core.backends.torch import biases
+from trtllm_core.backends.torch import biases, plain
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch
 from trtllm_core.backends.torch.invariant import InvariantContext
+from trtllm_core.backends.torch.plain import PlainContext
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
 from trtllm_core.parallel import TensorParallel
@@ -36,14 +37,17 @@ def layer(heads: int = 4, kv_heads: int = 2, size: int = 32, rotary: int | None 
 
 
 class Rows:
-    """Sequences of random queries, keys and values, and a pool with blocks in disorder for them."""
+    """Sequences of random queries, keys and values, and a pool with blocks in disorder for them; ``ring`` is window and
+    sinks of their caches."""
 
     def __init__(
         self,
         attention: Attention,
         lengths: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
+        ring: tuple[int | None, int] = (None, 0),
         device: torch.device = CPU,
+        **plan: Any,
     ) -> None:
         self.layer, self.device = attention, device
         heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_size
@@ -53,7 +57,9 @@ class Rows:
         blocks = -(-LONGEST // BLOCK)
         self.blocks = np.random.default_rng(0).permutation(len(lengths) * blocks).astype(np.int32).reshape(-1, blocks)
         model = KVModel(1, kv_heads, size, str(dtype).removeprefix("torch."), 0)
-        self.plan = KVPlan(self.blocks.size, BLOCK, blocks, model)
+        if ring[0] is not None:  # a ring has no more blocks than it needs
+            self.blocks[:, -(-ring[0] // BLOCK) :] = -1
+        self.plan = KVPlan(self.blocks.size, BLOCK, blocks, model, *ring, **plan)
         self.pool = KVPool(self.plan, dtype, device)
         self.past = [0] * len(lengths)
 
@@ -69,6 +75,7 @@ class Rows:
         packed = torch.cat([self.qkv[row][p : p + counts[row]] for row, p in zip(rows, past, strict=True)])
         made = context(PackedBatch(inputs, self.plan, self.device), self.pool, positions.to(self.device))
         out = self.layer(packed.to(self.device, copy=True), made).cpu()
+        self.looked = made.scores if isinstance(made, PlainContext) else []
         for row, count in counts.items():
             self.past[row] += count
         return dict(zip(rows, torch.split(out, list(counts.values())), strict=True))
@@ -85,11 +92,20 @@ class Rows:
         return [torch.cat(part) for part in parts]
 
     def expected(self) -> list[torch.Tensor]:
-        return [reference(self.layer, x.double()).float() for x in self.qkv]
+        return [reference(self.layer, x.double(), self.plan).float() for x in self.qkv]
 
 
-def reference(layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+def reference(layer: Attention, qkv: torch.Tensor, plan: KVPlan) -> torch.Tensor:
     """``qkv [n, heads + 2 * kv_heads, d]`` -> ``[n, heads * d]``, element by element as the papers have it."""
+    return torch.einsum("hij,jhd->ihd", *weights_and_values(layer, qkv, plan)).flatten(1)
+
+
+def chances(layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+    """``[heads, n, n]``: how much each token looks at each."""
+    return weights_and_values(layer, qkv, None)[0]
+
+
+def weights_and_values(layer: Attention, qkv: torch.Tensor, plan: KVPlan | None) -> tuple[torch.Tensor, torch.Tensor]:
     heads, kv_heads, n = layer.num_heads, layer.num_kv_heads, len(qkv)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     if layer.rotary is not None:
@@ -113,8 +129,42 @@ def reference(layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
     seen = distance >= 0
     if layer.sliding_window is not None:
         seen &= distance < layer.sliding_window
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    return torch.einsum("hij,jhd->ihd", weights, v).flatten(1)
+    if plan is not None and plan.window is not None:
+        seen &= (distance < plan.window - plan.sink) | (torch.arange(n) < plan.sink)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1), v
+
+
+def streaming(layer: Attention, qkv: torch.Tensor, plan: KVPlan) -> torch.Tensor:
+    """As StreamingLLM has it: for each token what its cache holds, oldest first, and its places there as positions."""
+    heads, kv_heads, n = layer.num_heads, layer.num_kv_heads, len(qkv)
+    half = 0 if layer.rotary is None else layer.rotary.dim // 2
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:  # [places, heads, d]
+        angle = torch.arange(len(x))[:, None] * 10000.0 ** -(torch.arange(half).double() / max(half, 1))
+        turned = (
+            torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        )
+        return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
+
+    out = []
+    for i in range(n):
+        window = n if plan.window is None else plan.window
+        held = [p for p in range(i + 1) if p < plan.sink or p > i - (window - plan.sink)]
+        kept = torch.tensor(held)
+        place = torch.arange(len(held))
+        places = qkv[kept]
+        q = rotated(places[:, :heads])[-1]
+        k = rotated(places[:, heads : heads + kv_heads]).repeat_interleave(heads // kv_heads, 1)
+        v = places[:, heads + kv_heads :].repeat_interleave(heads // kv_heads, 1)
+        scores = torch.einsum("hd,jhd->hj", q, k) * layer.scale
+        if layer.softcap is not None:
+            scores = layer.softcap * torch.tanh(scores / layer.softcap)
+        if layer.alibi is not None:
+            scores = scores - torch.tensor(layer.alibi.slopes).double()[:, None] * (len(held) - 1 - place)
+        if layer.sliding_window is not None:
+            scores = scores.masked_fill(kept <= i - layer.sliding_window, -math.inf)
+        out.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), v).flatten())
+    return torch.stack(out)
 
 
 def off(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
@@ -169,6 +219,105 @@ def same_bits(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+RINGS = {"ring": (19, 0), "sinks": (24, 4), "one": (6, 5), "never full": (100, 3)}
+
+
+@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("name", ["rotary", "alibi, six heads of two", "all", "softcap, window"])
+def test_rings(name: str, ring: str, cut: str, context: type[PagedContext]) -> None:
+    """What a ring has overwritten, a mask would hide; a call's first tokens see what its last ones overwrite."""
+    rows = Rows(layer(**LAYERS[name]), LENGTHS, ring=RINGS[ring])
+    assert off(rows.cut(CUTS[cut], context), rows.expected()) < 2e-5
+
+
+WITHIN = {
+    "rotary": {"rotary": 32},
+    "partial": {"rotary": 8, "kv_heads": 1},
+    "alibi": {"alibi": True},
+    "all": {"softcap": 3.0, "rotary": 16, "alibi": True, "sliding_window": 21, "scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("context", [PlainContext, InvariantContext])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("ring", [(24, 4), (19, 0), (6, 5), (None, 0)])
+@pytest.mark.parametrize("name", WITHIN)
+def test_positions_within_the_cache(
+    name: str, ring: tuple[int | None, int], cut: str, context: type[PagedContext]
+) -> None:
+    rows = Rows(layer(**WITHIN[name]), LENGTHS, ring=ring, positions="cache")
+    expected = [streaming(rows.layer, x.double(), rows.plan).float() for x in rows.qkv]
+    assert off(rows.cut(CUTS[cut], context), expected) < 2e-5
+    if ring[1] and rows.layer.sliding_window is None:  # else the layer hides the sinks, too
+        assert off(expected, rows.expected()) > 0.05, "or the test would show nothing"
+
+
+def test_plain_is_as_right_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options in LAYERS.items():
+        rows = Rows(layer(**options), LENGTHS)
+        assert off(rows.cut(CUTS["ragged"], PlainContext), rows.expected()) < 2e-5, name
+    monkeypatch.setattr(plain, "SCORES", 4 * 70 * 3)  # three queries at a time
+    rows = Rows(layer(**LAYERS["all"]), LENGTHS)
+    assert off(rows.cut(CUTS["whole"], PlainContext), rows.expected()) < 2e-5
+
+
+def test_attention_scores() -> None:
+    """Of each row and entry, over the queries of a call and the heads of a group."""
+    rows = Rows(layer(rotary=32), (20, 9), scores=True)
+    for counts in ({0: 12, 1: 5}, {1: 3, 0: 8}):
+        past = {row: rows.past[row] for row in counts}
+        rows.run(counts, PlainContext)
+        for row, (looked,) in zip(counts, rows.looked, strict=True):
+            end = past[row] + counts[row]
+            qkv = rows.qkv[row][:end].double()
+            whole = chances(rows.layer, qkv)[:, past[row] :]  # [heads, queries, entries]
+            torch.testing.assert_close(looked.double(), whole.unflatten(0, (2, 2)).sum((1, 2)), rtol=1e-5, atol=1e-5)
+            assert looked.sum().item() == pytest.approx(4 * counts[row], rel=1e-5)
+
+
+def test_rings_in_half_precision() -> None:
+    rows = Rows(layer(**LAYERS["all"]), LENGTHS, torch.bfloat16, ring=(24, 4))
+    assert rows.layer.rotary is not None
+    rows.layer.rotary.prepare(LONGEST, CPU, torch.bfloat16)
+    assert off(rows.cut(CUTS["ragged"], PagedContext), rows.expected()) < 0.2
+
+
+def test_a_ring_shows() -> None:
+    """The comparison can fail."""
+    rows = Rows(layer(rotary=32), LENGTHS)
+    whole = rows.cut(CUTS["ragged"], PagedContext)
+    for ring in ((19, 0), (24, 4)):
+        assert off(whole, Rows(layer(rotary=32), LENGTHS, ring=ring).expected()) > 0.05
+
+
+def test_a_ring_gives_the_bits_of_a_full_cache_whose_layers_have_a_window() -> None:
+    """In the batch-invariant mode, however it is cut."""
+    windowed = layer(rotary=32, sliding_window=19)
+    whole = Rows(windowed, LENGTHS).cut(CUTS["whole"], InvariantContext)
+    for ring in ((19, 0), (24, 0)):  # the second remembers more than the layer may see
+        for cut in CUTS.values():
+            ours = Rows(windowed, LENGTHS, ring=ring).cut(cut, InvariantContext)
+            assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
+
+
+@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
+def test_a_ring_larger_than_the_layers_window_can_take_back_the_difference(context: type[PagedContext]) -> None:
+    rows = Rows(layer(rotary=32, sliding_window=11), (60, 60), ring=(16, 0))
+    drafts = [x.clone() for x in rows.qkv]
+    for back in (5, 3, 1):
+        rows.past = [40, 20]
+        rows.qkv = [x.clone() for x in drafts]
+        rows.cut([[40, 20, 0, 0]], context)  # both have written 60
+        rows.past = [60 - back] * 2
+        for x in rows.qkv:
+            x[60 - back :] += 1.0
+        ours = rows.run({0: back, 1: back}, context)
+        expected = [x[60 - back :] for x in rows.expected()]
+        assert off([ours[0], ours[1]], expected) < 2e-5
+
+
 @pytest.mark.parametrize("context", [PagedContext, InvariantContext])
 @pytest.mark.parametrize("size", [32, 40, 64, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -192,7 +341,8 @@ def test_in_any_combination(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.lists(st.integers(0, 20), min_size=4, max_size=4), min_size=1, max_size=4))
     lengths = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
     context = data.draw(st.sampled_from([PagedContext, InvariantContext]))
-    rows = Rows(layer(group * kv_heads, kv_heads, **options), lengths)
+    ring = data.draw(st.sampled_from([(None, 0), (9, 0), (16, 3), (21, 20), (64, 5)]))
+    rows = Rows(layer(group * kv_heads, kv_heads, **options), lengths, ring=ring)
     ours = rows.cut([*sizes, [40] * 4], context)
     assert off(ours, rows.expected()) < 2e-5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,39 @@ def test_before_there_is_a_pool(load: Load) -> None:
         fresh.engine.edit_kv(Edits(copies=((0, 1),)))
 
 
-def test_rings_are_refused(load: Load) -> None:
-    plan = kv_plan(load().config, 4)
-    ring = KVPlan(plan.num_blocks, plan.tokens_per_block, plan.max_blocks_per_slot, plan.model, window=32)
-    with pytest.raises(BackendError, match="does not run cyclic KV caches"):
-        load().engine.allocate_kv(ring)
+def test_what_the_kv_cache_can_do(load: Load) -> None:
+    def offered(**changes: Any) -> tuple[set[str], int | None]:
+        found = load(changes.pop("options", None), **changes).engine.capabilities
+        return set(found.kv), found.attention_window
+
+    everything = {"window", "positions", "moves", "attention_scores"}
+    assert offered() == (everything, None)
+    assert offered(options={"batch_invariant": True}) == (everything - {"attention_scores"}, None)
+    window = {"architectures": ["MistralForCausalLM"], "sliding_window": 37}
+    assert offered(**window) == (everything - {"moves"}, 37)
+    dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 80}
+    assert offered(**dynamic) == (everything - {"positions"}, None)
+
+
+def test_no_scores_of_rings(load: Load) -> None:
+    plan = replace(kv_plan(load().config, 4), window=32, scores=True)
+    with pytest.raises(BackendError, match="no attention scores of cyclic caches"):
+        load().engine.allocate_kv(plan)
+
+
+def test_entries_move(load: Load) -> None:
+    """In all layers or in one, all at the same time."""
+    engine = load().engine
+    engine.allocate_kv(kv_plan(engine.config, 2))
+    storage = engine._pool.storage
+    storage.copy_(torch.arange(storage[..., 0, 0].numel()).view(2, -1, 1, 1).expand_as(storage))
+    layers, entries = storage[:, :, 0, 0].clone().unbind(0)
+    moves = ((3, 4, -1), (4, 3, -1), (20, 0, 1), (0, 1, 1), (9, 20, 0))
+    engine.move_kv(*np.array(moves).T)
+    first, second = layers.clone(), entries.clone()
+    first[[4, 3, 20]] = layers[[3, 4, 9]]
+    second[[4, 3, 0, 1]] = entries[[3, 4, 20, 0]]
+    assert torch.equal(storage, torch.stack((first, second))[..., None, None].expand_as(storage))
 
 
 # Options

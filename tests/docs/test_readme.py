@@ -256,8 +256,6 @@ def test_no_figure_without_its_command(name: str) -> None:
     "field",
     [
         {"use_beam_hyps": False},
-        {"max_attention_window_size": 64},
-        {"sink_token_length": 4},
         {"decoder": "medusa"},
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -373,3 +375,43 @@ def test_empty_calls() -> None:
     assert policy.tables([]).shape == (0, 8)
     assert policy.after_prefill([]) is None
     assert policy.evict(3) == 0
+
+
+def following(window: int = 10, longest: int = 64, **options: object) -> PagedPolicy:
+    policy = PagedPolicy(PagedOptions(**options))
+    policy.plan(replace(MODEL, sliding_window=window), KVBudget(2, longest, 4, 2 * longest))
+    return policy
+
+
+def test_a_model_with_a_sliding_window_gets_a_ring_with_slack() -> None:
+    plan = following()._plan
+    assert (plan.window, plan.sink, plan.rewindable, plan.max_blocks_per_slot, plan.num_blocks) == (14, 0, 4, 4, 8)
+    for changes in ({"longest": 14}, {"follow_sliding_window": False}):
+        plan = following(**changes)._plan
+        assert (plan.window, plan.rewindable) == (None, None)
+    plan = following(max_attention_window=20, sink_token_length=2)._plan
+    assert (plan.window, plan.sink, plan.rewindable) == (20, 2, 0)
+
+
+def test_a_ring_takes_back_its_slack() -> None:
+    policy = following()
+    begin(policy, 0, 12, 30)
+    policy.rewind([0], [10])  # nothing is lost yet
+    for _ in range(28):
+        policy.extend([0], [1])
+        policy.commit([0], [1])
+    policy.check_integrity()
+    policy.rewind([0], [3])
+    policy.rewind([0], [1])
+    policy.check_integrity()
+    with pytest.raises(ConfigError, match="slot 0: 1 tokens cannot be taken back, because its cache is a ring of 14"):
+        policy.rewind([0], [1])
+    policy.fork([0], [1])
+    with pytest.raises(ConfigError, match="slot 1: 2 tokens cannot be taken back"):
+        policy.rewind([1], [2])
+    policy.extend([0], [9])
+    policy.commit([0], [9])
+    policy.rewind([0], [4])
+    policy.check_integrity()
+    policy.release([0, 1])
+    assert policy.usage().free == policy.usage().total

@@ -73,6 +73,7 @@ def positions_of(
     sampler: PlanItem | None,
     others: Sequence[PlanItem],
     offers: frozenset[str],
+    rewindable: int | None = None,
 ) -> tuple[int, tuple[str, ...]]:
     """How many positions a branch verifies at once, and notes where that is fewer than were asked for.
 
@@ -82,6 +83,7 @@ def positions_of(
         sampler: that takes its tokens, where the decoder is none itself.
         others: processors and criteria.
         offers: what backend, loop and engine can give.
+        rewindable: how many tokens can leave the cache again; None: all.
     """
     taker = decoder if isinstance(decoder.plugin, Sampler) else sampler
     forcing = [item for item in others if overrides(item.plugin, HostLogitsProcessor, "forced")]
@@ -92,7 +94,10 @@ def positions_of(
     if taker is not None and not taker.plugin.capabilities.per_position:  # type: ignore[attr-defined]
         against.append(taker.name)
     against += sorted({"multi_position", "kv_rewind"} - offers)
+    who = decoder.name if proposes else listing(item.name for item in forcing)
     if against:
-        who = decoder.name if proposes else listing(item.name for item in forcing)
         return 1, (f"{who}: one token a step, because {listing(against)} cannot take part in verifying several",)
-    return max(branching.max_positions, 1 + FORCED if forcing else 1), ()
+    positions = max(branching.max_positions, 1 + FORCED if forcing else 1)
+    if rewindable is not None and positions > 1 + rewindable:
+        return 1 + rewindable, (f"{who}: {rewindable} drafts a step, because the KV cache takes back no more",)
+    return positions, ()

@@ -10,6 +10,7 @@ import torch
 from trtllm_core.errors import ConfigError
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.kv_cache.contiguous import ContiguousPolicy
+from trtllm_core.kv_cache.options import PagedOptions
 from trtllm_core.kv_cache.paged import PagedPolicy
 from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import DecodingContext, KVBudget
@@ -37,7 +38,8 @@ class DraftRuns:
         self._engine: Session | PaddedRuns = session if packed else PaddedRuns(session)
         size = build.tokens_per_block if packed else build.max_seq_len
         blocks = build.max_branches * -(-build.max_seq_len // size)
-        policy = PagedPolicy() if packed else ContiguousPolicy()
+        # No ring, whatever the draft model's layers see: what was guessed must leave the cache again.
+        policy = PagedPolicy(PagedOptions(follow_sliding_window=False)) if packed else ContiguousPolicy()
         budget = KVBudget(build.max_branches, build.max_seq_len, size, blocks * size)
         self._cache = KVCache(policy, session.engine, budget)
         self._most = build.max_num_tokens

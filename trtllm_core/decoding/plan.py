@@ -46,6 +46,8 @@ CORE_FIELDS = frozenset(
         "output_cum_log_probs",
         "output_log_probs",
         "prompt_logprobs",
+        "max_attention_window_size",
+        "sink_token_length",
         "cache_salt",
         "cache_priority",
         "preset",
@@ -69,7 +71,7 @@ def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> f
     Args:
         text: the engine has a tokenizer.
         multi_position: the backend runs several positions of a row in one call.
-        kv_rewind: tokens can leave the cache again. They cannot leave a ring.
+        kv_rewind: tokens can leave the cache again. See ``Planner.follow``.
     """
     wanted = {"text": text, "multi_position": multi_position, "kv_rewind": kv_rewind}
     return frozenset({"kv_fork", "sampler", "distribution"} | {name for name, there in wanted.items() if there})
@@ -154,6 +156,12 @@ class Planner:
     build: BuildConfig | None = None
     """The engine's limits; None: not known."""
     _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
+    _rewindable: int | None = None
+
+    def follow(self, rewindable: int | None) -> None:
+        """The cache is one that can take back so many tokens; None: all. None can leave an attention window's ring."""
+        self._rewindable = rewindable
+        self.offers = self.offers - {"kv_rewind"} if rewindable == 0 else self.offers | {"kv_rewind"}
 
     def plan(
         self,
@@ -201,7 +209,7 @@ class Planner:
         _check_beside(chosen, beside, sampling.preset)
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()), fallback=_kind)
         branching = branching_of(decoder, sampling, prompt, self.build)
-        positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers)
+        positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers, self._rewindable)
         return Plan(
             decoder,
             tuple(chosen),

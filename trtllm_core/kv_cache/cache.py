@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trtllm_core.errors import CapacityError, ConfigError, PluginContractError
+from trtllm_core.kv_cache.offered import check_offered, model_of, settles
 from trtllm_core.plugin.backend import Executable
-from trtllm_core.plugin.kv_policy import Admission, Edits, KVBudget, KVModel, KVPlan, KVPolicy, KVUsage
+from trtllm_core.plugin.kv_policy import (
+    Admission,
+    Edits,
+    KVBudget,
+    KVPlan,
+    KVPolicy,
+    KVStatistics,
+    KVUsage,
+)
 
 
 class KVCache:
@@ -24,26 +34,23 @@ class KVCache:
     def __init__(
         self, policy: KVPolicy, executable: Executable, budget: KVBudget, history: np.ndarray | None = None
     ) -> None:
-        config = executable.config
-        size = config.build.tp_size
-        model = KVModel(
-            num_layers=config.model.num_layers,
-            num_kv_heads=max(config.model.num_kv_heads // size, 1),
-            head_size=config.model.head_size,
-            dtype=config.kv_dtype,
-            bytes_per_token=config.model.kv_bytes_per_token(config.kv_dtype, size),
-            sliding_window=config.model.sliding_window,
-        )
         self.policy = policy
-        self.plan: KVPlan = policy.plan(model, budget)
+        plan = policy.plan(model_of(executable), budget)
+        self.plan: KVPlan = replace(plan, scores="attention_scores" in policy.needs)
+        check_offered(policy, self.plan, executable)
         self.bytes = executable.allocate_kv(self.plan)
         self._executable = executable
+        self._longest = budget.max_seq_len
         self.tables = np.full((budget.max_slots, self.plan.max_blocks_per_slot), -1, np.int32)
         self.cached = np.zeros(budget.max_slots, np.int64)
-        """Tokens written to the cache."""
+        """Tokens that were written to the cache, overwritten and dropped ones included."""
+        self.dropped = np.zeros(budget.max_slots, np.int64)
+        """Of these, tokens that the policy has dropped."""
         self._reported = np.zeros(budget.max_slots, np.int64)
         self._room = np.zeros(budget.max_slots, np.int64)
+        self._prompts = np.zeros(budget.max_slots, np.int64)
         self._held = np.zeros(budget.max_slots, np.bool_)
+        self._settles = settles(policy)
         self._history = history if "tokens" in policy.needs else None
 
     def check(self, prompt: int, max_new_tokens: int, priority: int | None = None, branches: int = 1) -> None:
@@ -62,18 +69,35 @@ class KVCache:
             )
         plan = self.plan
         room = min(plan.num_blocks, plan.max_blocks_per_slot) * plan.tokens_per_block
-        if plan.window is None and prompt + max_new_tokens > room:  # a ring holds any number
+        bounded = plan.window is None and not plan.evicts  # others take any number of tokens
+        if bounded and prompt + max_new_tokens > room:
             raise CapacityError(
                 f"{prompt} prompt tokens and max_new_tokens {max_new_tokens} need {prompt + max_new_tokens} tokens of "
                 f"cache, but the pool has {room} for one sequence: raise KVCacheConfig.max_tokens, or ask for "
                 "fewer tokens"
             )
-        blocks = -(-min(prompt + max_new_tokens, plan.window or prompt + max_new_tokens) // plan.tokens_per_block)
+        blocks = -(-min(prompt + max_new_tokens, plan.window or room) // plan.tokens_per_block)
         if branches * blocks > plan.num_blocks:
             raise CapacityError(
                 f"{branches} branches of {prompt} prompt tokens and max_new_tokens {max_new_tokens} need "
                 f"{branches * blocks} blocks of cache, but the pool has {plan.num_blocks}: raise "
                 "KVCacheConfig.max_tokens, or ask for fewer branches or tokens"
+            )
+
+    def check_window(self, window: int | None, sink: int | None) -> None:
+        """Refuse a request that asks for another window than this cache has.
+
+        Raises:
+            ConfigError: it does.
+        """
+        plan = self.plan
+        hides = plan.window is not None and not plan.rewindable  # others overwrite what no layer sees any more
+        have = (plan.window, plan.sink) if hides else (None, 0)
+        asked = (None, 0) if window is None or window >= self._longest else (window, sink or 0)
+        if (window is not None or sink) and asked != have:
+            raise ConfigError(
+                f"max_attention_window_size={window} and sink_token_length={sink}: the KV cache of this session has "
+                f"window {have[0]} and {have[1]} sinks; set them for the session, in KVCacheConfig.options"
             )
 
     def admit(
@@ -100,6 +124,7 @@ class KVCache:
                     "tokens are cached: at least one must be computed"
                 )
             self._held[slot] = True
+            self._prompts[slot] = len(tokens)
             self._edit(admission.edits)
             self.cached[slot] = self._reported[slot] = self._room[slot] = admission.hit_length
         return admission
@@ -109,7 +134,7 @@ class KVCache:
 
         Raises:
             OutOfBlocksError: there is none, and nothing was changed.
-            PluginContractError: the policy asks for what this loop cannot do.
+            PluginContractError: the policy moves or drops entries, which only follows a step.
         """
         short = self.cached[slots] + counts > self._room[slots]
         if not short.any():
@@ -117,8 +142,6 @@ class KVCache:
         slots, counts = slots[short], counts[short]
         self._report(slots)
         placement = self.policy.extend(slots.tolist(), counts.tolist())
-        if placement.positions is not None:
-            raise PluginContractError(self._refusal("Placement.positions", "tokens keep their own numbers"))
         self._edit(placement.edits)
         self.tables[slots] = placement.tables
         self._room[slots] = self._reported[slots] + placement.room
@@ -126,6 +149,26 @@ class KVCache:
     def commit(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """``counts`` tokens of ``slots`` were written."""
         self.cached[slots] += counts
+
+    def settle(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """A step has written ``counts`` tokens of ``slots``, in the order of its rows: the policy may move and drop.
+
+        Raises:
+            PluginContractError: what it moves or drops is not there.
+        """
+        if not self._settles:
+            return
+        self._report(slots)
+        scores = self._executable.attention_scores() if self.plan.scores else None
+        ended = self.cached[slots]
+        prompts = (ended - counts < self._prompts[slots]) & (ended >= self._prompts[slots])
+        for verb, mask in ((self.policy.after_prefill, prompts), (self.policy.after_step, ~prompts)):
+            rows = np.flatnonzero(mask).tolist()
+            if rows:
+                seen = None if scores is None else KVStatistics([scores[row] for row in rows])
+                edits = verb(slots[rows].tolist(), seen)
+                if edits:
+                    self._rearrange(edits)
 
     def rewind(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """The last ``counts`` cached tokens of ``slots`` are taken back."""
@@ -147,7 +190,8 @@ class KVCache:
         edits = self.policy.fork(src.tolist(), dst.tolist())
         self._edit(edits)
         self._held[dst] = True
-        self.cached[dst] = self.cached[src]
+        for values in (self.cached, self.dropped, self._prompts):
+            values[dst] = values[src]  # the right side is a copy before the left is written
         self._reset(np.union1d(src, dst))
 
     def release(self, slots: np.ndarray, keep: bool = False) -> None:
@@ -160,7 +204,7 @@ class KVCache:
             self._report(slots)
         self.policy.release(slots.tolist(), keep)
         self._held[slots] = False
-        self.cached[slots] = self._reported[slots] = self._room[slots] = 0
+        self.cached[slots] = self.dropped[slots] = self._reported[slots] = self._room[slots] = 0
         self.tables[slots] = -1
 
     def usage(self) -> KVUsage:
@@ -168,13 +212,40 @@ class KVCache:
         return self.policy.usage()
 
     def _edit(self, edits: Edits) -> None:
-        if edits.moves:
-            raise PluginContractError(self._refusal("Edits.moves", "entries stay where they were written"))
+        if edits.moves or edits.drops:
+            raise PluginContractError(
+                f"KV policy {type(self.policy).__name__} moves or drops entries where nothing was computed: only "
+                "after_prefill and after_step may"
+            )
         if edits:
             self._executable.edit_kv(edits)
 
-    def _refusal(self, what: str, instead: str) -> str:
-        return f"KV policy {type(self.policy).__name__} returned {what}, which this session does not honour: {instead}"
+    def _rearrange(self, edits: Edits) -> None:
+        """Run what ``after_prefill`` or ``after_step`` returned."""
+        if edits.copies:
+            self._executable.edit_kv(Edits(edits.copies))
+        moves = np.array([(m.slot, m.source, m.target, -1 if m.layer is None else m.layer) for m in edits.moves], int)
+        slot, source, target, layer = moves.reshape(-1, 4).T
+        there = self.cached - self.dropped
+        if (np.minimum(source, target) < 0).any() or (np.maximum(source, target) >= there[slot]).any():
+            raise PluginContractError(self._broken("moves entries that are not there"))
+        dropped = np.array(edits.drops, int).reshape(-1, 2)
+        touched = np.unique(np.concatenate((slot, dropped[:, 0])))
+        tables = self.tables.copy()
+        tables[touched] = self.policy.tables(touched.tolist())
+        if len(moves):
+            places = _places(self.plan, self.tables, slot, source), _places(self.plan, tables, slot, target)
+            self._executable.move_kv(*places, layer)
+        for one, count in dropped.tolist():
+            self.dropped[one] += count
+            if count < 0 or self.policy.length(one) != self.cached[one] - self.dropped[one]:
+                raise PluginContractError(
+                    self._broken(f"drops {count} entries, but has {self.policy.length(one)} left")
+                )
+        self._reset(touched)
+
+    def _broken(self, what: str) -> str:
+        return f"KV policy {type(self.policy).__name__} {what}"
 
     def _report(self, slots: np.ndarray) -> None:
         start, end = self._reported[slots], self.cached[slots]
@@ -193,3 +264,9 @@ class KVCache:
         """After blocks changed hands: read the tables again and ask for room before the next write."""
         self.tables[slots] = self.policy.tables(slots.tolist())
         self._reported[slots] = self._room[slots] = self.cached[slots]
+
+
+def _places(plan: KVPlan, tables: np.ndarray, slot: np.ndarray, entry: np.ndarray) -> np.ndarray:
+    """int64: entries of the pool."""
+    block = tables[slot, entry // plan.tokens_per_block].astype(np.int64)
+    return block * plan.tokens_per_block + entry % plan.tokens_per_block  # type: ignore[no-any-return]

@@ -12,9 +12,6 @@ from trtllm_core.errors import ConfigError, listing
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.plugin import Executable, KVBudget, KVPolicy, Plugins
 
-UNUSED = ("after_prefill", "after_step")
-"""Verbs that the loop does not call: a policy that relies on one is refused rather than half used."""
-
 
 def policy_name(asked: str | None, engine: EngineConfig) -> str:
     """The policy that manages an engine's cache where ``asked`` says nothing: ``contiguous`` over linear caches."""
@@ -37,14 +34,35 @@ def make_cache(
     linear = executable.capabilities.contract == "padded_linear"
     name = policy_name(config.policy, executable.config)
     policy = make_policy(name, config.options, plugins)
-    needs = set(policy.needs - ({"tokens"} if history is not None else set()))
-    needs |= {verb for verb in UNUSED if getattr(type(policy), verb) is not getattr(KVPolicy, verb)}
-    if needs:
-        raise ConfigError(f"KV policy {name!r} needs {listing(needs)}, which this session cannot give it")
+    if history is None and "tokens" in policy.needs:
+        raise ConfigError(f"KV policy {name!r} needs the tokens of its slots, and nobody here knows them")
     size = build.max_seq_len if linear else build.tokens_per_block  # a linear cache is one block a slot
     full = build.max_branches * -(-build.max_seq_len // size) * size
     budget = KVBudget(build.max_branches, build.max_seq_len, size, config.max_tokens or full)
     return KVCache(policy, executable, budget, history)
+
+
+def with_window(
+    config: KVCacheConfig, window: int | None, sink: int | None, executable: Executable, plugins: Plugins
+) -> KVCacheConfig:
+    """The config with the window and the sinks that a request asks for; itself where it asks for none.
+
+    Raises:
+        ConfigError: the policy has no windows.
+    """
+    if window is None and not sink:
+        return config
+    name = policy_name(config.policy, executable.config)
+    options = getattr(plugins.kv_policies.get(name, plugins.missing_hint("kv_policy", name)).load(), "Options", None)
+    known = {} if options is None else options.model_fields
+    if not {"max_attention_window", "sink_token_length"} <= known.keys():
+        raise ConfigError(
+            f"max_attention_window_size={window} and sink_token_length={sink}: KV policy {name!r} has no windows; "
+            "choose KVCacheConfig(policy='paged')"
+        )
+    if window is not None and window >= executable.config.build.max_seq_len:
+        window, sink = None, 0
+    return config.replace(options={**config.options, "max_attention_window": window, "sink_token_length": sink or 0})
 
 
 def make_policy(name: str, options: Mapping[str, Any], plugins: Plugins) -> KVPolicy:

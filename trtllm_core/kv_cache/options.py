@@ -30,6 +30,10 @@ class PagedOptions(BlockOptions):
         default=None, ge=1, description="entries of a slot's cache, then the oldest are overwritten; None keeps all"
     )
     sink_token_length: int = Field(default=0, ge=0, description="first tokens of a slot that are never overwritten")
+    follow_sliding_window: bool = Field(
+        default=True,
+        description="whether a model all of whose layers see a window of tokens alone gets a ring that holds no more",
+    )
 
     @model_validator(mode="after")
     def _ring(self) -> Self:

@@ -42,6 +42,9 @@ class PagedPolicy(SlotPolicy):
     multiple of the block size, so there is no bubble between them. Tokens keep their own numbers as rotary positions.
     Whatever is written in a ring destroys what it overwrites, committed or not: beyond W nothing can be rewound, and
     no more may be written than is going to be committed. A window that no slot can fill is no ring.
+
+    A model all of whose layers have a sliding window gets a ring of that and one block more: so many tokens it can
+    take back, and loses nothing that a layer still sees.
     """
 
     Options: ClassVar[type[BlockOptions]] = PagedOptions
@@ -51,7 +54,8 @@ class PagedPolicy(SlotPolicy):
 
     def plan(self, model: KVModel, budget: KVBudget) -> KVPlan:
         """See :meth:`KVPolicy.plan`: as many whole blocks as the budget holds."""
-        tpb, (window, sink) = budget.tokens_per_block, self._window(model)
+        tpb = budget.tokens_per_block
+        window, sink, slack = self._window(model, tpb)
         blocks = budget.max_tokens // tpb
         if not blocks:
             raise CapacityError(
@@ -61,15 +65,21 @@ class PagedPolicy(SlotPolicy):
         if window is not None and (window >= budget.max_seq_len or window > blocks * tpb):
             window = None
         capacity = window or min(budget.max_seq_len, blocks * tpb)
-        plan = KVPlan(blocks, tpb, -(-capacity // tpb), model, window, sink if window else 0)
+        per_slot = -(-capacity // tpb)
+        if window is not None:
+            blocks = min(blocks, budget.max_slots * per_slot)  # more could never be filled
+        plan = KVPlan(blocks, tpb, per_slot, model, window, sink if window else 0, rewindable=slack if window else None)
         self._reset(budget, plan.max_blocks_per_slot)
         self._plan, self._capacity = plan, capacity
         self._ring = (window, plan.sink) if window else None
+        self._slack = plan.rewindable or 0
         self._longest = budget.max_seq_len if window else capacity
         self._pool = BlockPool(blocks)
         self._index = np.arange(plan.max_blocks_per_slot)
         self._held: Counts = np.zeros(budget.max_slots, dtype=np.int64)
         self._promised: Counts = np.zeros(budget.max_slots, dtype=np.int64)
+        self._peak: Counts = np.zeros(budget.max_slots, dtype=np.int64)
+        """Most tokens that a slot of a ring has had: what they overwrote is gone, taken back or not."""
         return plan
 
     def admit(
@@ -90,8 +100,17 @@ class PagedPolicy(SlotPolicy):
         edits = self._make_room(rows[short], want[short]) if short.size else Edits()
         return Placement(self._table.take(rows, axis=0), self._limit[rows] - self._length[rows], edits)
 
+    def commit(
+        self, slots: Sequence[int], counts: Sequence[int], tokens: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """See :meth:`SlotPolicy.commit`."""
+        super().commit(slots, counts)
+        if self._ring:
+            rows = list(slots)
+            self._peak[rows] = np.maximum(self._peak[rows], self._length[rows])
+
     def rewind(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """See :meth:`KVPolicy.rewind`; ConfigError for more tokens than there are, and in a ring that has wrapped.
+        """See :meth:`KVPolicy.rewind`; ConfigError for more tokens than there are, and for those that a ring has lost.
 
         A last block that is shared stays shared, and is copied when it is written again.
         """
@@ -101,11 +120,11 @@ class PagedPolicy(SlotPolicy):
         for slot, has, n in zip(rows.tolist(), length.tolist(), less.tolist(), strict=True):
             if n > has:
                 raise ConfigError(f"slot {slot} has {has} tokens: {n} cannot be taken back")
-            if self._ring and has > self._ring[0]:
+            if self._ring and self._peak[slot] > self._ring[0] and has - n < self._peak[slot] - self._slack:
                 raise ConfigError(
                     f"slot {slot}: {n} tokens cannot be taken back, because its cache is a ring of {self._ring[0]} "
-                    f"entries and token {has - 1} has overwritten an older one; raise max_attention_window, or decode "
-                    "without rewinding"
+                    f"entries and token {self._peak[slot] - 1} has overwritten an older one; raise "
+                    "max_attention_window, or decode without rewinding"
                 )
         self._length[rows] = length - less
         self._truncate(rows, self._length[rows])
@@ -120,7 +139,7 @@ class PagedPolicy(SlotPolicy):
         self._pool.share(new[new >= 0])
         self._pool.drop(old[old >= 0])
         self._table[target], self._held[target], self._length[target] = new, used, self._length[source]
-        self._live[target] = True
+        self._live[target], self._peak[target] = True, self._peak[source]
         both = np.union1d(source, target)
         self._limit[both] = self._limits(both)
         return Edits()
@@ -130,7 +149,7 @@ class PagedPolicy(SlotPolicy):
         rows = self._rows(slots)
         self._length[rows] = 0
         self._truncate(rows, self._length[rows])
-        self._limit[rows], self._promised[rows], self._live[rows] = 0, 0, False
+        self._limit[rows], self._promised[rows], self._live[rows], self._peak[rows] = 0, 0, False, 0
 
     def usage(self) -> KVUsage:
         """See :meth:`KVPolicy.usage`."""
@@ -157,9 +176,12 @@ class PagedPolicy(SlotPolicy):
                 require(block >= 0, f"slot {slot} may write where it has no block")
                 require(self._pool.refs[block] == 1, f"slot {slot} may write block {block}, which others share")
 
-    def _window(self, model: KVModel) -> tuple[int | None, int]:
-        """Window and sinks of the ring that is wanted."""
-        return self.options.max_attention_window, self.options.sink_token_length
+    def _window(self, model: KVModel, tokens_per_block: int) -> tuple[int | None, int, int]:
+        """Window and sinks of the ring that is wanted, and how many tokens it can take back."""
+        options = self.options
+        if options.max_attention_window is None and options.follow_sliding_window and model.sliding_window is not None:
+            return model.sliding_window + tokens_per_block, 0, tokens_per_block
+        return options.max_attention_window, options.sink_token_length, 0
 
     def _need(self, slot: int, prompt: int, max_new_tokens: int) -> tuple[int, int]:
         """Blocks that a new request must be promised, and those that must be left over.
@@ -255,8 +277,8 @@ class PagedPolicy(SlotPolicy):
         return block, new
 
     def _truncate(self, rows: Rows, length: Counts) -> None:
-        """Give back the blocks after the first ``length`` tokens of slots whose cache has not wrapped."""
-        keep = self._blocks(length)
+        """Give back the blocks after the first ``length`` tokens."""
+        keep = self._blocks(np.minimum(length, self._capacity))
         if (keep == self._held[rows]).all():
             return
         table = self._table[rows]

@@ -173,8 +173,8 @@ class PrefixPolicy(PagedPolicy):
                 at = (node.depth, len(self._tail[slot]))
                 require(at == (full, rest), f"slot {slot} stands at {at} in the tree, but at {(full, rest)}")
 
-    def _window(self, model: KVModel) -> tuple[int | None, int]:
-        return None, 0  # what a ring overwrites could not be reused
+    def _window(self, model: KVModel, tokens_per_block: int) -> tuple[int | None, int, int]:
+        return None, 0, 0  # what a ring overwrites could not be reused
 
     def _owners(self) -> npt.NDArray[np.int32]:
         return self._pool.refs - self._tree.pool.kept

@@ -12,6 +12,7 @@ from trtllm_core.errors import BackendError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
 
     from trtllm_core.config import EngineConfig
@@ -49,6 +50,11 @@ class Capabilities:
     hidden_states: bool = False
     batch_invariant: bool = False
     """A row's logits do not depend on what else is in the batch, bit for bit."""
+    kv: frozenset[str] = frozenset()
+    """What its KV cache can do beyond blocks and copies: ``window`` (rings with sinks), ``positions`` (positions within
+    the cache), ``moves`` (entries move and are dropped), ``attention_scores``."""
+    attention_window: int | None = None
+    """Tokens that any layer of this engine sees at most, itself included; None: some layer sees all."""
     lora: bool = False
     """It takes adapters: ``put_adapter``, and the input ``lora_ids``."""
     prompt_tables: bool = False
@@ -108,7 +114,25 @@ class Executable(ABC):
 
     @abstractmethod
     def edit_kv(self, edits: Edits) -> None:
-        """Run the policy's copies and moves, in order, before the next ``execute``."""
+        """Run the policy's copies of blocks before the next ``execute``. Moves come to ``move_kv``."""
+
+    def move_kv(self, source: np.ndarray, target: np.ndarray, layer: np.ndarray) -> None:
+        """Move entries of the pool, all at the same time, before the next ``execute``.
+
+        All are int64 ``[n]``; an entry is ``block * tokens_per_block + i``, and layer -1 means all layers.
+
+        Raises:
+            BackendError: ``capabilities.kv`` names no ``moves``.
+        """
+        raise BackendError(f"backend {self.config.backend.name!r} does not move entries of its KV cache")
+
+    def attention_scores(self) -> Sequence[np.ndarray]:
+        """Of each row of the last ``execute``, in a cache whose plan has ``scores``: see ``KVStatistics.attention``.
+
+        Raises:
+            BackendError: ``capabilities.kv`` names no ``attention_scores``.
+        """
+        raise BackendError(f"backend {self.config.backend.name!r} does not keep attention scores")
 
     @abstractmethod
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from trtllm_core.errors import CapacityError
 
@@ -34,6 +34,8 @@ class KVModel:
     bytes_per_token: int
     """Keys and values of one token over all layers, in bytes."""
     sliding_window: int | None = None
+    """Tokens that every layer sees at most, itself included: older ones may be overwritten. None: some layer sees all,
+    or the backend has no cyclic caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +61,80 @@ class KVPlan:
     """Cache entries of a slot after which it is overwritten as a ring; None never is."""
     sink: int = 0
     """First entries of the cache that the ring leaves alone."""
+    positions: Literal["token", "cache"] = "token"
+    """What rotary embeddings and biases of distance count: the tokens of the text, or the entries of the cache from the
+    oldest to the newest, as if nothing had ever been dropped or overwritten."""
+    evicts: bool = False
+    """Entries may be dropped: a slot takes more tokens than it holds."""
+    rewindable: int | None = None
+    """Tokens that can be taken back at any time; None: all of them."""
+    scores: bool = False
+    """Set by the core: the policy must be given attention scores."""
 
     @property
     def bytes(self) -> int:
         """Bytes of the pool on one rank."""
         return self.num_blocks * self.tokens_per_block * self.model.bytes_per_token
 
-    def cache_index(self, position: int) -> int:
-        """Entry of a slot's cache that holds its token number ``position``: ``S + (p − S) mod (W − S)`` in a ring."""
-        if self.window is None or position < self.window:
+    def cache_index(self, position: Any) -> Any:
+        """Entry of a slot's cache that holds its token number ``position``: ``S + (p − S) mod (W − S)`` in a ring.
+
+        Takes a number, or an array of them.
+        """
+        if self.window is None:
             return position
-        return self.sink + (position - self.sink) % (self.window - self.sink)
+        wrapped = self.sink + (position - self.sink) % (self.window - self.sink)
+        return position * (position < self.window) + wrapped * (position >= self.window)
+
+
+class Move(NamedTuple):
+    """An entry of a slot's cache goes to another place in it."""
+
+    slot: int
+    source: int
+    target: int
+    layer: int | None = None
+    """None: in all layers. Layers may hold different tokens in the same entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What the backend must do to the pool before the next step, in this order: all copies, then all moves."""
+    """What must happen to the pool before the next step, in this order: all copies, all moves, all drops."""
 
     copies: tuple[tuple[int, int], ...] = ()
     """(source block, destination block) over all layers, **simultaneous**: every source is read before any destination
     is written, so that 0←1, 1←0 swaps. No destination stands here twice."""
-    moves: tuple[tuple[int, int, int], ...] = ()
-    """(slot, source entry, destination entry) within a slot's cache, simultaneous. This version refuses them."""
+    moves: tuple[Move, ...] = ()
+    """Simultaneous, too. Only ``after_prefill`` and ``after_step`` return any. Sources are where the tables were before
+    the call, targets where they are after it; a block with more than one owner is no target."""
+    drops: tuple[tuple[int, int], ...] = ()
+    """(slot, how many entries at its end are dropped); as ``moves``. The slot's ``length`` is less by as many."""
 
     def __bool__(self) -> bool:
-        return bool(self.copies or self.moves)
+        return bool(self.copies or self.moves or self.drops)
 
     def __add__(self, later: Edits) -> Edits:
         """Both, one after the other, as one: what copies a copy reads the first source.
 
         Raises:
-            ValueError: there are moves before something later. Run those first.
+            ValueError: there are moves or drops before something later. Run those first.
         """
-        if self.moves and later:
-            raise ValueError("edits that move entries must be run before later edits are added")
+        if (self.moves or self.drops) and later:
+            raise ValueError("edits that move or drop entries must be run before later edits are added")
         origin = {target: source for source, target in self.copies}
         copies = origin | {target: origin.get(source, source) for source, target in later.copies}
-        return Edits(
-            tuple((source, target) for target, source in copies.items() if source != target), self.moves + later.moves
-        )
+        pairs = tuple((source, target) for target, source in copies.items() if source != target)
+        return Edits(pairs, self.moves + later.moves, self.drops + later.drops)
+
+
+@dataclass(frozen=True, slots=True)
+class KVStatistics:
+    """What a step tells a policy that asked for it. One entry a slot, in the order of the call."""
+
+    attention: Sequence[np.ndarray]
+    """float32 ``[layers, kv_heads, entries]``: how much the slot's queries of this step looked at each entry of its
+    cache, new ones included: probabilities after the softmax, summed over the queries, and over the query heads that
+    share a key/value head. Heads are this rank's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +157,6 @@ class Placement:
     """int64 ``[n]``: tokens after the committed ones that may be written before ``extend`` is called again."""
     edits: Edits = Edits()
     """Copies that must be done before anything is written (copy-on-write)."""
-    positions: np.ndarray | None = None
-    """int64 ``[n]``: rotary position of the slot's next token, where it is not its number (positions in the cache).
-    This version refuses anything but None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +252,7 @@ class KVPolicy(ABC):
 
     @abstractmethod
     def length(self, slot: int) -> int:
-        """Committed tokens of a slot."""
+        """Committed tokens of a slot, less those that were dropped."""
 
     @abstractmethod
     def tables(self, slots: Sequence[int]) -> np.ndarray:
@@ -232,12 +266,16 @@ class KVPolicy(ABC):
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where an invariant is broken. Cheap enough for tests and idle moments."""
 
-    def after_prefill(self, slots: Sequence[int], statistics: Any = None) -> Edits | None:
-        """Prompts are in the cache: a policy that compresses says here what moves and what is dropped."""
+    def after_prefill(self, slots: Sequence[int], statistics: KVStatistics | None = None) -> Edits | None:
+        """The last tokens of these slots' prompts were written: a policy that compresses says what moves and goes.
+
+        All that was written has been committed. ``statistics`` are of this step alone, None where ``needs`` names
+        none; those of a prompt's earlier parts came with ``after_step``. Returns None where nothing is to be done.
+        """
         return None
 
-    def after_step(self, slots: Sequence[int], statistics: Any = None) -> Edits | None:
-        """A step is over: the same for policies that evict while generating."""
+    def after_step(self, slots: Sequence[int], statistics: KVStatistics | None = None) -> Edits | None:
+        """The same for slots that ran anything else: a part of a prompt, or a generated token."""
         return None
 
     def evict(self, blocks: int) -> int:

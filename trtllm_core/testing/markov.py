@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider
@@ -55,7 +56,11 @@ class MarkovExecutable(Executable):
         )
         self.device = torch.device("cpu")
         self.capabilities = Capabilities(
-            contract="packed_paged", dtypes=("float32",), multi_position=True, batch_invariant=True
+            contract="packed_paged",
+            dtypes=("float32",),
+            multi_position=True,
+            batch_invariant=True,
+            kv=frozenset({"window", "moves", "attention_scores"}),
         )
         self.tensors: tuple[TensorSpec, ...] = ()
         generator = torch.Generator().manual_seed(seed)
@@ -78,9 +83,18 @@ class MarkovExecutable(Executable):
             src, dst = (torch.tensor(side) for side in zip(*edits.copies, strict=True))
             blocks[dst] = blocks[src]
 
+    def move_kv(self, source: np.ndarray, target: np.ndarray, layer: np.ndarray) -> None:
+        """See ``Executable``. There is one layer."""
+        self._cache[torch.from_numpy(target)] = self._cache[torch.from_numpy(source)]
+
+    def attention_scores(self) -> list[np.ndarray]:
+        """See ``Executable``: each token looks at all that it sees, and at large token ids most."""
+        return self._looked
+
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
         """See ``Executable``. The logits are those of the token *found in the cache*, so that a wrong block shows."""
         self.calls += 1
+        self._looked: list[np.ndarray] = []
         size = self._plan.tokens_per_block
         start = 0
         last = torch.empty_like(inputs["input_ids"])
@@ -90,7 +104,8 @@ class MarkovExecutable(Executable):
         for length, past, table in rows:
             assert length > 0, "a row without tokens"
             position = torch.arange(past, past + length)
-            assert torch.equal(inputs["position_ids"][start : start + length], position), "positions follow the cache"
+            follows = torch.equal(inputs["position_ids"][start : start + length], position)
+            assert follows or self._plan.evicts, "positions follow the cache"
             place = torch.tensor([self._plan.cache_index(p) for p in range(past, past + length)])
             entries = table[place // size].long() * size + place % size
             assert (entries >= 0).all(), "a token without a block"
@@ -103,8 +118,17 @@ class MarkovExecutable(Executable):
                 for i, entry in enumerate(entries.tolist()):  # a chunk may overwrite what it wrote itself
                     self._cache[entry] = ids[i]
                     last[start + i] = self._cache[entry]
+            if self._plan.scores:
+                self._looked.append(self._look(table, past, length))
             start += length
         outputs["logits"].copy_(self.table[last[inputs["logits_indices"]].long()])
+
+    def _look(self, table: torch.Tensor, past: int, length: int) -> np.ndarray:
+        place, size = torch.arange(past + length), self._plan.tokens_per_block
+        ids = self._cache[table[place // size].long() * size + place % size] + 1.0
+        seen = place <= torch.arange(past, past + length)[:, None]
+        chances = (ids * seen) / (ids * seen).sum(1, keepdim=True)
+        return chances.sum(0).view(1, 1, -1).numpy()
 
     def _states(self, table: torch.Tensor, length: int) -> torch.Tensor:
         position, size = torch.arange(length), self._plan.tokens_per_block

@@ -141,7 +141,7 @@ def test_a_paged_policy_has_whole_rows_for_blocks(engine: Session, torch_engine:
 
 def test_a_ring_is_refused(engine: Session, plugins: Plugins) -> None:
     config = KVCacheConfig(policy="paged", options={"max_attention_window": 16})
-    with pytest.raises(BackendError, match="linear"):
+    with pytest.raises(ConfigError, match="PagedPolicy needs a cyclic cache .* does not offer"):
         ModelRunner.from_engine(engine, plugins=plugins, kv_cache=config)
 
 

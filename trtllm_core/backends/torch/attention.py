@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from trtllm_core.backends.torch.batch import PackedBatch, PaddedRows, Row, causal_mask
-from trtllm_core.backends.torch.biases import capped_attention, causal_bias, padded_bias
+from trtllm_core.backends.torch.batch import PackedBatch, PaddedRows, Row, causal_mask, ring_mask, token_numbers
+from trtllm_core.backends.torch.biases import capped_attention, causal_bias, masked_bias
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding, rotate_
 
@@ -26,18 +26,20 @@ class PagedContext:
         self._rotate(layer, qkv)
         cache = self.pool.layers[layer.index]
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
-        cache.index_copy_(0, self.batch.write, kv)
         padded, ragged = self.batch.decode, self.batch.ragged
+        # What a ring overwrites with the tokens of this call, the first of them still see.
+        past = {row.tokens.start: row.read_past(cache) for row in ragged if row.wraps and row.queries > 1}
+        self.batch.store(cache, kv)
         if padded is not None and not ragged:
             return self._padded(layer, q, cache, padded).flatten(1)
         if padded is None and len(ragged) == 1:
-            return self._row(layer, q, kv, cache, ragged[0]).flatten(1)
+            return self._row(layer, q, kv, cache, ragged[0], past).flatten(1)
         out = torch.empty_like(q)
         if padded is not None:
             assert padded.tokens is not None
             out[padded.tokens] = self._padded(layer, q[padded.tokens], cache, padded)
         for row in ragged:
-            out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row)
+            out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, past)
         return out.flatten(1)
 
     def _rotate(self, layer: Attention, qkv: torch.Tensor) -> None:
@@ -54,13 +56,27 @@ class PagedContext:
         kv = blocks.index_select(0, rows.blocks).view(rows.count, rows.entries, *cache.shape[1:])
         return _grouped(layer, q, kv, self._mask(layer, layer.sliding_window, rows))
 
-    def _row(self, layer: Attention, q: torch.Tensor, kv: torch.Tensor, cache: torch.Tensor, row: Row) -> torch.Tensor:
+    def _row(
+        self,
+        layer: Attention,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        cache: torch.Tensor,
+        row: Row,
+        past: dict[int, torch.Tensor],
+    ) -> torch.Tensor:
         window = layer.sliding_window if layer.sliding_window and layer.sliding_window < row.length else None
+        if row.wraps and row.queries > 1:
+            return _dense(layer, q, torch.cat((past[row.tokens.start], kv)), self._mask(layer, window, row))
         if row.past > 0:
             kv = row.read(cache)
         if row.queries == 1:
-            mask = None if layer.alibi is None else self._mask(layer, window, row)[..., -(window or 0) :]
-            return _grouped(layer, q, kv.unsqueeze(0) if window is None else kv[-window:].unsqueeze(0), mask)
+            mask = None
+            if layer.alibi is not None or (window is not None and row.wraps):
+                mask = self._mask(layer, window, row)
+            if window is not None and not row.wraps:
+                kv, mask = kv[-window:], None if mask is None else mask[..., -window:]
+            return _grouped(layer, q, kv.unsqueeze(0), mask)
         if row.past == 0 and window is None and layer.alibi is None:
             return _dense(layer, q, kv, None)
         return _dense(layer, q, kv, self._mask(layer, window, row))
@@ -74,16 +90,35 @@ class PagedContext:
         return mask
 
     def _made(self, layer: Attention, window: int | None, rows: Row | PaddedRows) -> torch.Tensor:
-        dtype = self.pool.storage.dtype
+        dtype, device = self.pool.storage.dtype, self.positions.device
         if isinstance(rows, PaddedRows):
             seen = rows.mask(window)
             if layer.alibi is None:
                 return seen
-            bias = padded_bias(layer.alibi, seen, rows.lengths, dtype)
+            bias = masked_bias(layer.alibi, rows.offsets(), seen.squeeze(1), dtype)
             return bias.view(rows.count, layer.num_kv_heads, -1, rows.entries)
+        if rows.wraps:
+            return self._ring(layer, window, rows)
         if layer.alibi is None:
-            return causal_mask(rows, window, self.positions.device)
+            return causal_mask(rows, window, device)
         return causal_bias(layer.alibi, rows.queries, rows.length, window, dtype)
+
+    def _ring(self, layer: Attention, window: int | None, row: Row) -> torch.Tensor:
+        """What a row whose ring wraps sees: of its entries as they lie there for one query, else of ``seen_past`` and
+        the call's own tokens. With ALiBi ``[heads, queries, keys]``, the queries in reverse as in ``causal_bias``."""
+        device = self.positions.device
+        query = torch.arange(row.past, row.length, device=device)
+        if row.queries == 1:
+            assert row.plan.window is not None
+            number = token_numbers(torch.arange(row.plan.window, device=device), row.length, row.plan)
+        else:
+            number = torch.cat((torch.from_numpy(row.seen_past).to(device), query))
+        if layer.alibi is None:
+            return ring_mask(number, query, window, row.plan)
+        query = query.flip(0)
+        seen = ring_mask(number, query, window, row.plan)
+        bias = masked_bias(layer.alibi, number - query[:, None], seen[:, None], self.pool.storage.dtype)
+        return bias.transpose(0, 1)
 
 
 def _grouped(layer: Attention, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

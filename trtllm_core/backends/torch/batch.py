@@ -26,30 +26,55 @@ class Row:
     past: int
     """Tokens that were in its cache before this call."""
     length: int
-    """Tokens in its cache after this call."""
+    """Tokens in its cache after this call; of a ring, tokens that it has seen."""
     blocks: np.ndarray
     """int32: the blocks that hold them, in order."""
-    tokens_per_block: int
+    plan: KVPlan
 
     @property
     def queries(self) -> int:
         """Tokens of this call."""
         return self.length - self.past
 
+    @property
+    def wraps(self) -> bool:
+        """Whether its cache is a ring that has overwritten something by the end of this call."""
+        return self.plan.window is not None and self.length > self.plan.window
+
     def read(self, cache: torch.Tensor) -> torch.Tensor:
         """The row's part of a layer's cache ``[entries, ...] -> [length, ...]``: a view where its blocks are
-        neighbours."""
+        neighbours. Of a ring, all of its entries, as they lie there."""
         if self._run is not None:
             return cache[self._run]
-        blocks = cache.view(-1, self.tokens_per_block, *cache.shape[1:])
-        return blocks[torch.from_numpy(self.blocks).to(cache.device)].flatten(0, 1)[: self.length]
+        blocks = cache.view(-1, self.plan.tokens_per_block, *cache.shape[1:])
+        return blocks[torch.from_numpy(self.blocks).to(cache.device)].flatten(0, 1)[: self._entries]
+
+    def read_past(self, cache: torch.Tensor) -> torch.Tensor:
+        """Of a ring that wraps, before this call writes: what its queries see of the past, oldest first."""
+        entry = self.plan.cache_index(self.seen_past)
+        size = self.plan.tokens_per_block
+        place = self.blocks[entry // size].astype(np.int64) * size + entry % size
+        return cache.index_select(0, torch.from_numpy(place).to(cache.device))
+
+    @cached_property
+    def seen_past(self) -> np.ndarray:
+        """int64: numbers of the past tokens that the queries of a ring see, ascending: sinks and window of the first
+        query, which include those of the others."""
+        assert self.plan.window is not None
+        sink = min(self.plan.sink, self.past)
+        start = max(self.past - (self.plan.window - self.plan.sink) + 1, sink)
+        return np.concatenate((np.arange(sink), np.arange(start, self.past)))
 
     @cached_property
     def _run(self) -> slice | None:
         if len(self.blocks) > 1 and (np.diff(self.blocks) != 1).any():
             return None
-        start = int(self.blocks[0]) * self.tokens_per_block
-        return slice(start, start + self.length)
+        start = int(self.blocks[0]) * self.plan.tokens_per_block
+        return slice(start, start + self._entries)
+
+    @property
+    def _entries(self) -> int:
+        return self.length if self.plan.window is None else min(self.length, self.plan.window)
 
 
 class PackedBatch:
@@ -58,20 +83,37 @@ class PackedBatch:
     def __init__(self, inputs: Mapping[str, torch.Tensor], plan: KVPlan, device: torch.device) -> None:
         lengths = host(inputs["query_lengths"])
         past = host(inputs["past_lengths"])
+        self.plan = plan
         self.tables = host(inputs["block_tables"])
         self.device = device
         self.tokens_per_block = size = plan.tokens_per_block
         ends = np.cumsum(lengths)
-        after = past + lengths
+        self.after = after = past + lengths
+        self.held = held = after if plan.window is None else np.minimum(after, plan.window)
+        """Entries of each row's cache that hold something after this call."""
         self.rows = [
-            Row(slice(int(e - n), int(e)), int(p), int(p + n), self.tables[i, : -(-int(p + n) // size)], size)
-            for i, (e, n, p) in enumerate(zip(ends, lengths, past, strict=True))
+            Row(slice(int(e - n), int(e)), int(p), int(p + n), self.tables[i, : -(-int(h) // size)], plan)
+            for i, (e, n, p, h) in enumerate(zip(ends, lengths, past, held, strict=True))
         ]
         row_of = np.repeat(np.arange(len(lengths)), lengths)
-        entry = np.arange(len(row_of)) - np.repeat(ends - lengths - past, lengths)
+        number = np.arange(len(row_of)) - np.repeat(ends - lengths - past, lengths)
+        self.written: torch.Tensor | None = None
+        """int64: the tokens of the packed input that are written; None: all. What a ring overwrites within a call is
+        not."""
+        if (after > held).any():
+            assert plan.window is not None
+            stays = (number < plan.sink) | (number >= (after - (plan.window - plan.sink))[row_of])
+            if not stays.all():
+                self.written = self.to_device(np.flatnonzero(stays))
+                row_of, number = row_of[stays], number[stays]
+        entry = plan.cache_index(number)
         self.write = self.to_device(self.tables[row_of, entry // size].astype(np.int64) * size + entry % size)
+        """int64: where in the pool they are written."""
         self.single = lengths == 1
-        self.after = after
+
+    def store(self, cache: torch.Tensor, kv: torch.Tensor) -> None:
+        """Write keys and values of the call's tokens, ``[tokens, 2 * kv_heads, d]``, to a layer's cache."""
+        cache.index_copy_(0, self.write, kv if self.written is None else kv[self.written])
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """The array as a tensor on the device."""
@@ -83,7 +125,7 @@ class PackedBatch:
         rows = np.flatnonzero(self.single)
         if len(rows) < 2:
             return None
-        blocks = -(-int(self.after[rows].max()) // self.tokens_per_block)
+        blocks = -(-int(self.held[rows].max()) // self.tokens_per_block)
         tables = np.maximum(self.tables[rows, :blocks], 0).astype(np.int64)
         starts = np.array([self.rows[i].tokens.start for i in rows])
         return PaddedRows(
@@ -92,6 +134,7 @@ class PackedBatch:
             lengths=self.to_device(self.after[rows].astype(np.int64)),
             count=len(rows),
             entries=blocks * self.tokens_per_block,
+            plan=self.plan,
         )
 
     @cached_property
@@ -111,17 +154,35 @@ class PaddedRows:
     blocks: torch.Tensor
     """int64 ``[count * blocks]``."""
     lengths: torch.Tensor
-    """int64 ``[count]``."""
+    """int64 ``[count]``: as of ``Row``."""
     count: int
     entries: int
+    plan: KVPlan
+
+    def offsets(self) -> torch.Tensor:
+        """int64 ``[count, entries]``: number of each entry's token, less that of the row's query. Beyond 0: none."""
+        entry = torch.arange(self.entries, device=self.lengths.device)
+        return token_numbers(entry, self.lengths[:, None], self.plan) - (self.lengths[:, None] - 1)
 
     def mask(self, window: int | None) -> torch.Tensor:
         """bool ``[count, 1, 1, entries]``: what each row's query sees."""
-        entry = torch.arange(self.entries, device=self.lengths.device)
-        seen = entry < self.lengths[:, None]
+        offset = self.offsets()
+        seen = offset <= 0
         if window is not None:
-            seen &= entry >= self.lengths[:, None] - window
+            seen &= offset > -window
         return seen[:, None, None]
+
+
+def token_numbers(entry: torch.Tensor, length: torch.Tensor | int, plan: KVPlan) -> torch.Tensor:
+    """Which token of a sequence of ``length`` each entry of its cache holds; ``length`` or more where none."""
+    if plan.window is None:
+        return entry
+    size = plan.window - plan.sink
+    last = length - 1  # the newest token that an entry of the ring holds: as many as one round before the last
+    newest = last - (last - entry) % size
+    newest = torch.where(entry < plan.window, newest, last + 1)
+    wrapped = torch.as_tensor(last, device=entry.device) >= plan.window
+    return torch.where(wrapped & (entry >= plan.sink), newest, entry)
 
 
 def causal_mask(row: Row, window: int | None, device: torch.device) -> torch.Tensor:
@@ -131,4 +192,17 @@ def causal_mask(row: Row, window: int | None, device: torch.device) -> torch.Ten
     seen = entry <= position
     if window is not None:
         seen &= entry > position - window
+    return seen
+
+
+def ring_mask(number: torch.Tensor, query: torch.Tensor, window: int | None, plan: KVPlan) -> torch.Tensor:
+    """bool ``[queries, keys]``: what the tokens numbered ``query`` see of those numbered ``number`` in a ring.
+
+    Its sinks and its window; of these, what a layer's own ``window`` lets them see.
+    """
+    assert plan.window is not None
+    offset = number - query[:, None]
+    seen = (offset <= 0) & ((number < plan.sink) | (offset > plan.sink - plan.window))
+    if window is not None:
+        seen &= offset > -window
     return seen

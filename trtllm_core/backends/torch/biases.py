@@ -10,12 +10,11 @@ SCORES = 1 << 24
 """Scores that ``capped_attention`` holds at a time: 64 MiB."""
 
 
-def padded_bias(alibi: Alibi, seen: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[rows, heads, entries]``: for one query a row, at its end; -inf where ``seen [rows, 1, 1, entries]`` is
-    false."""
-    entry = torch.arange(seen.shape[-1], device=seen.device)
-    bias: torch.Tensor = alibi(entry - (lengths[:, None] - 1))
-    return bias.masked_fill_(~seen.squeeze(1), -torch.inf).to(dtype)
+def masked_bias(alibi: Alibi, offset: torch.Tensor, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[queries, heads, keys]``: for ``offset [queries, keys]``, numbers of keys less those of their queries; -inf
+    where ``seen [queries, 1, keys]`` is false."""
+    bias: torch.Tensor = alibi(offset)
+    return bias.masked_fill_(~seen, -torch.inf).to(dtype)
 
 
 def causal_bias(alibi: Alibi, queries: int, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:

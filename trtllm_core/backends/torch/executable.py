@@ -14,10 +14,11 @@ from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host
 from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
+from trtllm_core.backends.torch.plain import PlainContext
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
-from trtllm_core.nn import VocabParallelEmbedding
+from trtllm_core.nn import Attention, VocabParallelEmbedding
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
@@ -84,6 +85,8 @@ class TorchExecutable(Executable):
             dtypes=("float32", "bfloat16", "float16"),
             multi_position=True,
             batch_invariant=batch_invariant,
+            kv=_offered(module, batch_invariant or (parallel is not None and parallel.size > 1)),
+            attention_window=_attention_window(module),
             lora=lora is not None,
             prompt_tables=config.build.max_prompt_embedding_table_size > 0,
         )
@@ -93,21 +96,35 @@ class TorchExecutable(Executable):
                 if isinstance(layer, VocabParallelEmbedding):
                     layer.replace = self._replace
         self._lora = lora
-        self._context = InvariantContext if batch_invariant else PagedContext
+        self._context: type[PagedContext] = PagedContext
+        self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
         self._parallel = parallel or TensorParallel()
 
     def allocate_kv(self, plan: KVPlan) -> int:
         """See ``Executable``."""
-        if plan.window is not None:
-            raise BackendError("the torch backend does not run cyclic KV caches: leave max_attention_window out")
+        if plan.scores and plan.window is not None:
+            raise BackendError("the torch backend keeps no attention scores of cyclic caches: their entries change")
         self._pool = None  # so that the old pool is gone before the new one is there
         self._pool = KVPool(plan, getattr(torch, plan.model.dtype), self.device)
+        if self.capabilities.batch_invariant:
+            self._context = InvariantContext
+        else:
+            self._context = PlainContext if plan.scores or plan.positions == "cache" else PagedContext
         return self._pool.bytes
 
     def edit_kv(self, edits: Edits) -> None:
         """See ``Executable``."""
         self._require_pool().edit(edits)
+
+    def move_kv(self, source: np.ndarray, target: np.ndarray, layer: np.ndarray) -> None:
+        """See ``Executable``."""
+        sides = (torch.from_numpy(side).to(self.device) for side in (source, target, layer))
+        self._require_pool().move(*sides)
+
+    def attention_scores(self) -> list[np.ndarray]:
+        """See ``Executable``."""
+        return [np.stack([host(scores) for scores in row]) for row in self._scores]
 
     @torch.inference_mode()
     def put_adapter(self, index: int, adapter: Mapping[str, Sequence[LowRank]]) -> None:
@@ -129,6 +146,8 @@ class TorchExecutable(Executable):
         if self.capabilities.prompt_tables:
             self._virtual = self._virtual_of(inputs)
         hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
+        if isinstance(context, PlainContext):
+            self._scores = context.scores
         asked = inputs["logits_indices"]
         if not _is_all(asked, hidden.shape[0]):
             hidden = hidden[asked.to(self.device, non_blocking=True)]
@@ -166,3 +185,27 @@ def _is_all(asked: torch.Tensor, tokens: int) -> bool:
     if asked.shape[0] != tokens or asked.device.type != "cpu":
         return False
     return bool((host(asked) == np.arange(tokens)).all())
+
+
+def _attentions(module: nn.Module) -> list[Attention]:
+    return [layer for layer in module.modules() if isinstance(layer, Attention)]
+
+
+def _offered(module: nn.Module, sums_only: bool) -> frozenset[str]:
+    """See ``Capabilities.kv``; ``sums_only``: the whole model's probabilities are not in one place, or nowhere."""
+    layers = _attentions(module)
+    offered = {"window"}
+    if all(layer.sliding_window is None and layer.alibi is None for layer in layers):
+        offered.add("moves")  # else what a token sees depends on where its neighbours were
+    # Angles that grow with the length belong to the token's own number, and so do learned positions.
+    turned = (layer.rotary is not None and layer.rotary.scaling.kind != "dynamic" for layer in layers)
+    if all(rotary or layer.alibi is not None for rotary, layer in zip(turned, layers, strict=True)):
+        offered.add("positions")
+    return frozenset(offered if sums_only else offered | {"attention_scores"})
+
+
+def _attention_window(module: nn.Module) -> int | None:
+    """See ``Capabilities.attention_window``."""
+    windows = [layer.sliding_window for layer in _attentions(module)]
+    known = [window for window in windows if window is not None]
+    return max(known) if known and len(known) == len(windows) else None

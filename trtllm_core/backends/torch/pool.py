@@ -30,9 +30,27 @@ class KVPool:
         return self.storage.nbytes
 
     def edit(self, edits: Edits) -> None:
-        """Copy blocks, then move entries, in all layers."""
+        """Copy blocks, in all layers."""
         if edits.copies:
             blocks = self.storage.view(self.storage.shape[0], self.plan.num_blocks, -1)
             src, dst = (torch.tensor(side, device=self.storage.device) for side in zip(*edits.copies, strict=True))
             blocks.index_copy_(1, dst, blocks.index_select(1, src))
-        assert not edits.moves, "moves are for policies that this backend's plan has refused"
+
+    def move(self, source: torch.Tensor, target: torch.Tensor, layer: torch.Tensor) -> None:
+        """See ``Executable.move_kv``; on the device."""
+        layers, entries = self.storage.shape[:2]
+        flat = self.storage.view(layers * entries, *self.storage.shape[2:])
+        everywhere = layer < 0
+        first = torch.where(everywhere, 0, layer * entries)
+        # An entry that moves in all layers is as many moves as there are layers.
+        steps = torch.arange(layers, device=layer.device) * entries
+        parts = [
+            torch.cat(
+                (
+                    (side + first)[~everywhere],
+                    (side[everywhere][:, None] + steps).flatten(),
+                )
+            )
+            for side in (source, target)
+        ]
+        flat[parts[1]] = flat[parts[0]]  # the right side is a copy before anything is written
