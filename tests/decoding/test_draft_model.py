@@ -154,3 +154,25 @@ def test_a_session_has_one_draft_engine():
     with pytest.raises(ConfigError, match="draft_model"):
         runner.explain(GREEDY.replace(decoder="draft_model"))
     assert runner.explain(GREEDY.replace(decoder=use("draft_model", session=draft))).digest()
+
+
+@pytest.mark.parametrize("policy", ["paged", "prefix"])
+@pytest.mark.parametrize(
+    "fields", [{"decoder": "draft"}, {"decoder": "ngram"}, {"num_beams": 3}, {"num_return_sequences": 2, "top_k": 5}]
+)
+def test_who_is_put_off_goes_on_with_the_same_text(policy, fields):
+    """Drafts, beams and several answers in a pool that is too small: their cache is taken away and computed anew."""
+    beams = BUILD.replace(max_beam_width=fields.get("num_beams", 1))
+    small = KVCacheConfig(policy=policy, max_tokens=112, options={"admission": "optimistic"})
+    texts = []
+    for kv_cache in (None, small):
+        runner, draft = pair(build=beams, kv_cache=kv_cache)
+        mine = fields | ({"decoder": use("draft_model", session=draft)} if fields.get("decoder") == "draft" else {})
+        config = GREEDY.replace(max_new_tokens=24, **mine, **({"random_seed": 5} if "top_k" in mine else {}))
+        outputs = runner.generate(prompts(6), config)["outputs"]
+        texts.append([one.tokens for one in outputs])
+        cache = runner.generation.loop.cache
+        assert cache.usage().free == cache.usage().total
+        cache.policy.check_integrity()
+    assert texts[0] == texts[1]
+    assert sum(one.preemptions for one in outputs) > 0, "or the test shows nothing"
