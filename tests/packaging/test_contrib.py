@@ -16,7 +16,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [file.parent for file in sorted(ROOT.glob("contrib/*/pyproject.toml"))]
 LIMITS = {"trtllm-contrib-gemma2": 200}
 """Most lines of code of a package, where it is a model family; others have 150."""
-PUBLIC = ("trtllm_core", "trtllm_core.config", "trtllm_core.device", "trtllm_core.errors", "trtllm_core.plugin")
+PUBLIC = (
+    "trtllm_core",
+    "trtllm_core.config",
+    "trtllm_core.device",
+    "trtllm_core.errors",
+    "trtllm_core.kv_cache",
+    "trtllm_core.plugin",
+)
 FAMILIES = ("trtllm_core.nn", "trtllm_core.parallel", "trtllm_core.checkpoint")
 """What families may import beside."""
 each = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

@@ -1,0 +1,1 @@
+"""H2O as a KV policy."""

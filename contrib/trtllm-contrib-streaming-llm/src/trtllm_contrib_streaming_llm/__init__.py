@@ -1,0 +1,1 @@
+"""StreamingLLM as a KV policy."""
