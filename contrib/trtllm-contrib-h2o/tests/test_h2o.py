@@ -21,7 +21,6 @@ class TestH2O(KVPolicyConformance):
     plugin = "h2o"
     params = ({"heavy": 2, "recent": 3},)
     wrong_params = ({"recent": 0},)
-    keeps_promises = False  # the kit's cache never cuts, so that texts outgrow their room
 
 
 @pytest.fixture(scope="module")

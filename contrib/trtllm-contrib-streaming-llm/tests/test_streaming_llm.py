@@ -20,9 +20,6 @@ class TestStreaming(KVPolicyConformance):
     params = ({"max_attention_window": 10, "sink_token_length": 3},)
     wrong_params = ({"max_attention_window": 4},)
 
-    def test_generation(self) -> None:
-        """Its model without weights has no positions within the cache: see below."""
-
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
