@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from trtllm_core.errors import CapacityError
 from trtllm_core.kv_cache import ContiguousPolicy, PagedPolicy, PrefixPolicy
-from trtllm_core.plugin import Edits
+from trtllm_core.plugin import Edits, Move
 
 
 class Telepathic(PagedPolicy):
@@ -155,3 +155,24 @@ class ForgetsBranches(PagedPolicy):
 
     def admit(self, slot, tokens, max_new_tokens, extra_key=()):
         return super().admit(slot, tokens, max_new_tokens if tokens else 0, extra_key)
+
+
+class MovesShared(PagedPolicy):
+    """Swaps two entries after each step, whoever else holds their block."""
+
+    def plan(self, model, budget):
+        return replace(super().plan(model, budget), evicts=True, rewindable=0)
+
+    def after_step(self, slots, statistics=None):
+        long = [slot for slot in slots if self.length(slot) > 1]
+        return Edits(moves=tuple(move for slot in long for move in (Move(slot, 0, 1), Move(slot, 1, 0))))
+
+
+class DropsAndKeepsCount(ContiguousPolicy):
+    """Drops an entry after each step, and counts it all the same."""
+
+    def plan(self, model, budget):
+        return replace(super().plan(model, budget), evicts=True, rewindable=0)
+
+    def after_step(self, slots, statistics=None):
+        return Edits(drops=tuple((slot, 1) for slot in slots))

@@ -25,6 +25,8 @@ EACH = [
     (bad.ForksOneByOne, "test_forks_are_simultaneous", "length() says"),
     (bad.CopiesOneByOne, "test_forks_are_simultaneous", "does not read back its tokens"),
     (bad.ForgetsCopies, "test_forks_are_independent", "does not read back its tokens"),
+    (bad.MovesShared, "test_forks_are_independent", "does not read back its tokens"),
+    (bad.DropsAndKeepsCount, "test_slots_read_back_their_text", "length() says"),
     (bad.ForgetsBranches, "test_branches_find_room", "out of blocks"),
     (bad.RewindsTooFar, "test_rewinds", "length() says"),
     (bad.StopsHalfWay, "test_what_fails_changes_nothing", "left something changed"),

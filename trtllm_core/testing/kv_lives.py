@@ -100,7 +100,8 @@ class CacheLife:
         slots, longest = self.some(), self.cache.budget.max_seq_len
         counts = [min(self.random.randint(0, 6), longest - self.length(slot)) for slot in slots]
         # In a ring whatever is written destroys something: write only what is committed.
-        kept = [n if self.plan.window else self.random.randint(0, n) for n in counts]
+        final = self.plan.window is not None or self.plan.evicts
+        kept = [n if final else self.random.randint(0, n) for n in counts]
         self.write(slots, [self.fresh(n) for n in counts], kept)
 
     def _go_on(self) -> None:
@@ -125,6 +126,8 @@ class CacheLife:
         """Some slots take tokens back. A ring may refuse."""
         slots = self.some()
         counts = [self.random.randint(0, min(self.length(slot), 8)) for slot in slots]
+        if self.plan.evicts:
+            return  # what it has moved, it cannot take back
         if self.plan.window is None:
             self.cache.rewind(slots, counts)
         else:

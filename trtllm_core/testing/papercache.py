@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVModel, KVPlan, KVPolicy, Placement
+from trtllm_core.kv_cache.offered import settles
+from trtllm_core.plugin.kv_policy import Edits, KVBudget, KVModel, KVPlan, KVPolicy, KVStatistics, Placement
 from trtllm_core.testing.kit import require
 
-MODEL = KVModel(num_layers=2, num_kv_heads=1, head_size=4, dtype="float32", bytes_per_token=64)
+LAYERS = 2
+MODEL = KVModel(num_layers=LAYERS, num_kv_heads=1, head_size=4, dtype="float32", bytes_per_token=64)
 EVERYTHING = frozenset({"integrity", "contents", "writers", "counts"})
 """What a paper cache can look at after each verb."""
 
@@ -28,6 +30,9 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     names: list[int] = field(default_factory=list)
     """What an entry holds that stands for each of the tokens."""
+    held: np.ndarray = field(default_factory=lambda: np.zeros((LAYERS, 0), np.int64))
+    """By layer, what its entries hold: ``names``, until a policy moves and drops some."""
+    prompt: int = 0
     worst: int = 0
     """Tokens that its request may have at most; 0 for one that was only forked."""
 
@@ -48,11 +53,13 @@ class PaperCache:
         self.budget = budget
         self.plan: KVPlan = policy.plan(MODEL, budget)
         self.texts: dict[int, Text] = {}
-        self.cache = np.full((self.plan.num_blocks, self.plan.tokens_per_block), -1, np.int64)
+        self.cache = np.full((LAYERS, self.plan.num_blocks, self.plan.tokens_per_block), -1, np.int64)
         self._pending = Edits()
         self._names: dict[tuple[int, Any], int] = {}
         self._places = np.array([self.plan.cache_index(position) for position in range(budget.max_seq_len)])
         self._looks = looks
+        self._random = np.random.default_rng(0)
+        self._settles = settles(policy)
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
@@ -68,7 +75,9 @@ class PaperCache:
         )
         self._pending += admission.edits
         known = list(tokens[:hit])
-        self.texts[slot] = Text(extra, known, self._spelled(extra, [], known), len(tokens) + new)
+        names = self._spelled(extra, [], known)
+        held = np.tile(np.array(names, np.int64), (LAYERS, 1))
+        self.texts[slot] = Text(extra, known, names, held, len(tokens), len(tokens) + new)
         self.check()
         return hit
 
@@ -81,16 +90,57 @@ class PaperCache:
         for slot, row, new in zip(slots, placement.tables, tokens, strict=True):
             text = self.texts[slot]
             names[slot] = self._spelled(text.extra, text.names, new)
-            start = len(text.tokens)
+            start = text.held.shape[1]
             entries = self._entries(row, np.arange(start, start + len(new)))
             for entry, name in zip(entries.tolist(), names[slot], strict=True):  # one after another, as a ring may wrap
-                self.cache.flat[entry] = name
+                self._flat[:, entry] = name
         stay = [list(new[:n]) for new, n in zip(tokens, kept, strict=True)]
         self.policy.commit(slots, list(kept), *([stay] if "tokens" in self.policy.needs else []))
         for slot, new in zip(slots, stay, strict=True):
             self.texts[slot].tokens += new
-            self.texts[slot].names += names[slot][: len(new)]
+            text, more = self.texts[slot], names[slot][: len(new)]
+            text.names += more
+            text.held = np.hstack((text.held, np.tile(np.array(more, np.int64), (LAYERS, 1))))
+        if self._settles:
+            self._settle([(slot, len(new)) for slot, new in zip(slots, stay, strict=True) if new])
         self.check()
+
+    def _settle(self, written: Sequence[tuple[int, int]]) -> None:
+        """A step is over: the policy hears of it, and what it moves and drops is done."""
+        for slot, count in written:  # one at a time, with scores at random
+            text = self.texts[slot]
+            entries = text.held.shape[1]
+            looked = KVStatistics([self._random.random((LAYERS, MODEL.num_kv_heads, entries), np.float32)])
+            first = len(text.tokens) - count < text.prompt <= len(text.tokens)
+            verb = self.policy.after_prefill if first else self.policy.after_step
+            before = self.policy.tables([slot])[0]
+            edits = verb([slot], looked if "attention_scores" in self.policy.needs else None)
+            if edits:
+                self._rearrange(slot, edits, before)
+
+    def _rearrange(self, slot: int, edits: Edits, before: np.ndarray) -> None:
+        text, after = self.texts[slot], self.policy.tables([slot])[0]
+        self._pending = Edits(edits.copies)
+        self.cache, self._pending = self._edited(), Edits()
+        held, flat = text.held.copy(), self._flat.copy()
+        for move in edits.moves:
+            inside = min(move.source, move.target) >= 0 and max(move.source, move.target) < held.shape[1]
+            require(move.slot == slot and inside, f"{move} moves what is not there")
+            for layer in range(LAYERS) if move.layer is None else [move.layer]:
+                source = self._entries(before, np.array([move.source]))
+                target = self._entries(after, np.array([move.target]))
+                self._flat[layer, target] = flat[layer, source]
+                held[layer, move.target] = text.held[layer, move.source]
+        for dropped, count in edits.drops:
+            require(dropped == slot and 0 <= count <= held.shape[1], f"it drops {count} entries of slot {dropped}")
+            held = held[:, : held.shape[1] - count]
+        require(self.plan.evicts or not edits.drops, "it drops entries, but its plan does not say evicts")
+        text.held = held
+
+    @property
+    def _flat(self) -> np.ndarray:
+        """The cache as ``[layers, entries]``."""
+        return self.cache.reshape(LAYERS, -1)
 
     def extend(self, slots: Sequence[int], counts: Sequence[int]) -> Placement:
         """Ask for room, look at the answer, and run all edits."""
@@ -112,13 +162,16 @@ class PaperCache:
         for slot, n in zip(slots, counts, strict=True):
             text = self.texts[slot]
             del text.tokens[len(text.tokens) - n :], text.names[len(text.names) - n :]
+            text.held = text.held[:, : text.held.shape[1] - n]
         self.check()
 
     def fork(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy slots onto others."""
         self._pending += self.policy.fork(source, target)
         copies = [
-            replace(text, tokens=[*text.tokens], names=[*text.names]) for text in map(self.texts.get, source) if text
+            replace(text, tokens=[*text.tokens], names=[*text.names], held=text.held.copy())
+            for text in map(self.texts.get, source)
+            if text
         ]
         for slot, copy in zip(target, copies, strict=True):
             copy.worst = self.texts[slot].worst if slot in self.texts else 0
@@ -147,22 +200,24 @@ class PaperCache:
         cache = self._edited()
         for slot, row in self._tables():
             text, length = self.texts[slot], self.policy.length(slot)
-            require(length == len(text.tokens), f"slot {slot} has {len(text.tokens)} tokens, length() says {length}")
+            has = text.held.shape[1]
+            require(length == has, f"slot {slot} has {has} tokens, length() says {length}")
             kept = self._readable(length)
-            wrong = kept[cache.flat[self._entries(row, kept)] != np.array(text.names, np.int64)[kept]]
+            found = cache.reshape(LAYERS, -1)[:, self._entries(row, kept)]
+            wrong = kept[(found != text.held[:, kept]).any(0)]
             require(not wrong.size, f"slot {slot} does not read back its tokens {wrong.tolist()} of {length}")
 
     def check_writers(self) -> None:
         """Where a slot may write, nobody else reads or writes."""
         slots = list(self.texts)
         room = self.policy.extend(slots, [0] * len(slots)).room.tolist() if slots else []
-        readers = np.zeros(self.cache.size, np.int64)
+        readers = np.zeros(self._flat.shape[1], np.int64)
         for slot, row in self._tables():
-            readers[self._entries(row, self._readable(len(self.texts[slot].tokens)))] += 1
-        writers = np.full(self.cache.size, -1)
+            readers[self._entries(row, self._readable(self.texts[slot].held.shape[1]))] += 1
+        writers = np.full(self._flat.shape[1], -1)
         for (slot, row), more in zip(self._tables(), room, strict=True):
-            length = len(self.texts[slot].tokens)
-            own = np.zeros(self.cache.size, np.int64)
+            length = self.texts[slot].held.shape[1]
+            own = np.zeros(self._flat.shape[1], np.int64)
             own[self._entries(row, self._readable(length))] = 1
             entries = self._entries(row, np.arange(length, length + more))
             others = writers[entries][writers[entries] >= 0]
@@ -214,7 +269,7 @@ class PaperCache:
         if self._pending.copies:
             source, target = zip(*self._pending.copies, strict=True)
             require(len(set(target)) == len(target), "two copies have one destination")
-            cache[list(target)] = self.cache[list(source)]
+            cache[:, list(target)] = self.cache[:, list(source)]
         return cache
 
     def _spelled(self, extra: tuple[Any, ...], before: Sequence[int], tokens: Iterable[int]) -> list[int]:
