@@ -188,3 +188,32 @@ def test_a_policy_that_has_no_room_for_the_only_request(plugins: Plugins, monkey
     monkeypatch.setattr(made.generation.loop.cache.policy, "extend", fails)
     with pytest.raises(OutOfBlocksError):
         made.generate([[5] * 4], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("policy", ["paged", "prefix"])
+def test_a_beam_search_and_drafts(
+    runner: Callable[..., ModelRunner], policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branches that were forked compute their texts anew, each for itself."""
+    beams = SamplingConfig(
+        num_beams=2, repetition_penalty=1.2, end_id=(), max_new_tokens=25, output_log_probs=True, return_dict=True
+    )
+    configs = [beams, CONFIGS[5].replace(decoder="ngram"), beams.replace(repetition_penalty=1.0)]
+    undisturbed = told(run(runner(), configs))
+    disturbed = runner(KVCacheConfig(policy=policy))
+    rng, batch, loop = random.Random(4), disturbed.generation._batch, disturbed.generation.loop
+    reserve = type(batch)._reserve
+
+    def disturb(self, live):
+        for one in live:
+            if one.put_off:
+                loop.resume(one)
+            elif not one.over and rng.random() < 0.2:
+                loop.preempt(one)
+        return reserve(self, live)
+
+    monkeypatch.setattr(type(batch), "_reserve", disturb)
+    outputs = run(disturbed, configs)
+    assert told(outputs) == undisturbed
+    assert sum(one.preemptions for one in outputs) > 5
+    assert_nothing_is_lost(disturbed)
