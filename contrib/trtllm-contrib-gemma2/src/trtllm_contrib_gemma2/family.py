@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trtllm_contrib_gemma2.module import Extras, Gemma2Module
 from trtllm_core.config import ModelConfig
 from trtllm_core.errors import CheckpointError
+from trtllm_core.nn.weights import fused, linear
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import CheckpointView, ModelFamily, Piece, Weight
 
@@ -54,25 +55,17 @@ class Gemma2Family(ModelFamily):
 
     def weights(self, config: ModelConfig, checkpoint: CheckpointView) -> Sequence[Weight]:
         """See ``ModelFamily``."""
-        out = [
-            Weight("embedding.weight", (Piece("model.embed_tokens.weight", "vocab"),)),
-            Weight("norm.weight", (Piece("model.norm.weight"),)),
-        ]
+        out = [*linear("embedding", "model.embed_tokens", "vocab"), *linear("norm", "model.norm")]
         for i in range(config.num_layers):
             source, target = f"model.layers.{i}.", f"layers.{i}."
             attention, mlp = f"{source}self_attn.", f"{source}mlp."
-            qkv = (
-                Piece(f"{attention}q_proj.weight", "heads"),
-                Piece(f"{attention}k_proj.weight", "kv_heads"),
-                Piece(f"{attention}v_proj.weight", "kv_heads"),
-            )
-            gate_up = tuple(Piece(f"{mlp}{name}_proj.weight", "rows") for name in ("gate", "up"))
-            out += [Weight(f"{target}{name}.weight", (Piece(f"{source}{name}.weight"),)) for name in NORMS]
+            keys_and_values = (Piece(f"{attention}{name}_proj", "kv_heads") for name in "kv")
+            out += [weight for name in NORMS for weight in linear(f"{target}{name}", f"{source}{name}")]
             out += [
-                Weight(f"{target}qkv.weight", qkv),
-                Weight(f"{target}output.weight", (Piece(f"{attention}o_proj.weight", "columns"),)),
-                Weight(f"{target}mlp.gate_up.weight", gate_up),
-                Weight(f"{target}mlp.down.weight", (Piece(f"{mlp}down_proj.weight", "columns"),)),
+                *fused(f"{target}qkv", [Piece(f"{attention}q_proj", "heads"), *keys_and_values]),
+                *linear(f"{target}output", f"{attention}o_proj", "columns"),
+                *fused(f"{target}mlp.gate_up", [Piece(f"{mlp}{name}_proj", "rows") for name in ("gate", "up")]),
+                *linear(f"{target}mlp.down", f"{mlp}down_proj", "columns"),
             ]
         return out
 
