@@ -63,6 +63,7 @@ def test_files(tmp_path: Path) -> None:
         (TABLE[:, :, :7], None, ConfigError, r"\[3, 4, 7\], where \[num_tasks, task_vocab, 8\]"),
         (TABLE[:, :0], None, ConfigError, r"\[3, 0, 8\], where"),
         (TABLE.long(), None, ConfigError, "of torch.int64: embeddings are floating-point"),
+        (TABLE * float("nan"), None, ConfigError, "values that are not finite"),
         (TABLE.repeat(2, 1, 1), None, CapacityError, "24 rows over all tasks; .* max_prompt_embedding_table_size 12"),
         ([TABLE], None, ConfigError, "prompt_table has 1 tables for 2 prompts"),
         ("nowhere.npy", None, ConfigError, "prompt_table nowhere.npy cannot be read as a .npy file"),
@@ -76,6 +77,19 @@ def test_refusals(table: Any, tasks: Any, error: Any, words: str) -> None:
 def test_engines_that_take_none() -> None:
     with pytest.raises(ConfigError, match="not built for prompt tables: build it with max_prompt_embedding_table_size"):
         virtual_tokens(TABLE, None, 1, config(0), CPU)
+
+
+def test_a_file_of_another_machine(tmp_path: Path) -> None:
+    np.save(tmp_path / "table.npy", TABLE.float().numpy().astype(">f4"))
+    assert torch.equal(rows(tmp_path / "table.npy", "1", 1)[0], TABLE[1].float())
+
+
+def test_the_caller_keeps_the_table() -> None:
+    """What happens to it afterwards reaches no prompt."""
+    table = TABLE.clone()
+    (one,) = rows(table, "1", 1)
+    table.zero_()
+    assert torch.equal(one, TABLE[1])
 
 
 def test_damaged_file(tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def _tasks(tasks: str | Sequence[int] | torch.Tensor | None, batch: int) -> list
 def _task(table: torch.Tensor, number: int, config: EngineConfig) -> VirtualTokens:
     if not 0 <= number < len(table):
         raise ConfigError(f"prompt_tasks has task {number}; the prompt table has tasks 0 to {len(table) - 1}")
-    return VirtualTokens(table[number], config.model.vocab_size)
+    # A copy: what the caller does with the table afterwards must not reach prompts on their way, nor the key of reuse.
+    return VirtualTokens(table[number].clone(), config.model.vocab_size)
 
 
 def _read(table: Table, config: EngineConfig, device: torch.device) -> torch.Tensor:
@@ -150,12 +151,16 @@ def _read(table: Table, config: EngineConfig, device: torch.device) -> torch.Ten
             table = np.load(table, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where} cannot be read as a .npy file: {error}") from error
+    if isinstance(table, np.ndarray):
+        table = table.astype(table.dtype.newbyteorder("="), copy=False)
     table = torch.as_tensor(table)
     hidden, most = config.model.hidden_size, config.build.max_prompt_embedding_table_size
     if table.dim() != 3 or table.shape[2] != hidden or not table.numel():
         raise ConfigError(f"{where} is {list(table.shape)}, where [num_tasks, task_vocab, {hidden}] is due")
     if not table.is_floating_point():
         raise ConfigError(f"{where} is of {table.dtype}: embeddings are floating-point numbers")
+    if not table.isfinite().all():
+        raise ConfigError(f"{where} has values that are not finite")
     size = table.shape[0] * table.shape[1]
     if size > most:
         raise CapacityError(

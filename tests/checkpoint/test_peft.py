@@ -82,6 +82,8 @@ def test_scalings_are_those_of_peft(tmp_path: Path) -> None:
         ({"r": 4}, r"factors \[2, 8\] and \[8, 2\], where adapter_config.json says rank 4"),
         ({"rank_pattern": {"v_proj": 3}}, r"'model.layers.0.self_attn.v_proj' has factors .* rank 3"),
         ({"lora_alpha": None}, "lora_alpha=None, which is no number"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern=.*, which maps no patterns"),
+        ({"alpha_pattern": ["v_proj"]}, r"alpha_pattern=\['v_proj'\], which maps no patterns"),
     ],
 )
 def test_what_is_not_honoured(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ def test_what_is_not_honoured(changes: dict[str, Any], words: str, tmp_path: Pat
         ({f"base_model.model.{MODULE.format(0, 'q')}.lora_A.weight": torch.zeros(1, 8)}, "rank 2"),
         ({f"base_model.model.{MODULE.format(0, 'q')}.lora_A.weight": torch.zeros(2, 8, 3, 3)}, "are not matrices"),
         ({f"base_model.model.{MODULE.format(0, 'q')}.lora_B.weight": torch.full((8, 2), torch.nan)}, "not finite"),
+        ({f"base_model.model.{MODULE.format(0, 'q')}.lora_A.weight": torch.ones(2, 8).int()}, "not floating-point"),
     ],
 )
 def test_tensors_that_are_no_adapter(tensors: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _pair(path: Path, module: str, sides: Mapping[str, torch.Tensor], config: Ma
         (there,) = sides
         raise CheckpointError(f"{path / WEIGHTS}: {module!r} has lora_{there} and not the other factor")
     a, b = sides["A"], sides["B"]
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
+    rank = _pattern(path, config, "rank_pattern", module, config.get("r"))
     if a.dim() != 2 or b.dim() != 2:
         raise CheckpointError(f"{path / WEIGHTS}: {module!r} is no linear layer: its factors are not matrices")
     if not a.shape[0] == b.shape[1] == rank:
@@ -129,17 +129,23 @@ def _pair(path: Path, module: str, sides: Mapping[str, torch.Tensor], config: Ma
             f"{path / WEIGHTS}: {module!r} has factors {list(a.shape)} and {list(b.shape)}, where {CONFIG} says "
             f"rank {rank}"
         )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise CheckpointError(f"{path / WEIGHTS}: {module!r} is of {a.dtype} and {b.dtype}, not floating-point numbers")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise CheckpointError(f"{path / WEIGHTS}: {module!r} has values that are not finite")
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    alpha = _pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path / CONFIG} has lora_alpha={alpha!r}, which is no number")
     return LoraPair(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
+def _pattern(path: Path, config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the name, from a dot on."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+    patterns = config.get(field) or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+    except (AttributeError, re.error) as error:
+        raise CheckpointError(f"{path / CONFIG} has {field}={patterns!r}, which maps no patterns: {error}") from None
     return default
