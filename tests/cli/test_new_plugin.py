@@ -117,3 +117,6 @@ def test_all_of_them_build_install_and_pass_their_tests(packages: dict[str, Path
     for kind in packages:
         assert f"trtllm-plugin-trial-{kind}" in listing.stdout
     assert "failed" not in listing.stdout
+    command = [sys.executable, "-m", "trtllm_core.cli", "conform", "trtllm-plugin-trial-logits-processor"]
+    conform = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert conform.returncode == 0, conform.stdout

@@ -151,11 +151,17 @@ def _words(scaffold: Scaffold, name: str) -> dict[str, str]:
         "entry_point": name,
         "dependencies": f'{scaffold.dependencies}"trtllm-core>={major}.{minor},<{major}.{int(minor) + 1}"',
         "test_dependencies": scaffold.test_dependencies,
+        "conform": _CONFORM_FAMILY if scaffold.kind == "model_family" else "",
         "bench": f"\ntrtllm-core bench-plugin {module}    # what it costs a step and a row" if scaffold.bench else "",
     }
     for key in ("summary", "usage", "target"):
         words[key] = Template(getattr(scaffold, key)).substitute(words)
     return words
+
+
+_CONFORM_FAMILY = """,
+                                    # given a small model: --params 'NAME:{"model_type": …, "hidden_size": 64, …}'"""
+"""What ``conform`` needs besides: no model can be made of a family alone."""
 
 
 def _refuse_taken(scaffold: Scaffold, name: str) -> None:
