@@ -236,7 +236,7 @@ def test_one_process() -> None:
 
 
 def linger(parallel: TensorParallel) -> None:
-    print(parallel.rank, flush=True)
+    os.write(1, f"{parallel.rank}\n".encode())  # in one piece: both ranks write to one pipe
     time.sleep(WAIT)
 
 

@@ -407,7 +407,7 @@ def test_ranks_have_the_slopes_of_their_heads(size: int) -> None:
 def test_cuda(name: str, dtype: torch.dtype, tolerance: float) -> None:
     device = torch.device("cuda")
     for cut in CUTS.values():
-        rows = Rows(layer(**LAYERS[name]), LENGTHS, dtype, device)
+        rows = Rows(layer(**LAYERS[name]), LENGTHS, dtype, device=device)
         if rows.layer.rotary is not None:
             rows.layer.rotary.prepare(LONGEST, device, dtype)
         if rows.layer.alibi is not None:

@@ -59,7 +59,8 @@ def from_hf(checkpoint: CheckpointView) -> ModelConfig:
         norm_eps=fields.get("rms_norm_eps", default=1e-6),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
-        rotary_dim=None if rope.fraction == 1 else int(head_size * rope.fraction),
+        # Of this family only Phi-3 rotates a part of each head, whatever fields another config may carry along.
+        rotary_dim=None if rope.fraction == 1 or kind != "Phi3ForCausalLM" else int(head_size * rope.fraction),
         activation=fields.activation("hidden_act", default="silu"),
         # Where a checkpoint has a head of its own after all, that head is the one that was trained.
         tied_head=fields.get("tie_word_embeddings", default=False) and "lm_head.weight" not in checkpoint.names(),
