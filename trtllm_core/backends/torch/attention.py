@@ -151,4 +151,7 @@ def _scaled_dot_product(
     if layer.softcap is not None:
         return capped_attention(q, k, v, mask, causal, layer.scale, layer.softcap)
     gqa = q.shape[1] != k.shape[1]
+    if mask is not None and mask.is_cuda:
+        # The fused kernel reads rows of a mask in aligned pieces, which views of a vector or of a part are not.
+        mask = mask.contiguous()
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=gqa)
