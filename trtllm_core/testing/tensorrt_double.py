@@ -100,7 +100,7 @@ class Engine:
     """``ICudaEngine``."""
 
     def __init__(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> None:
-        self.session = open_session(graph, accuracy_level=1)
+        self.session = open_session(graph)
         self._inputs = {one.name: one for one in self.session.get_inputs()}
         self._outputs = {one.name: one for one in self.session.get_outputs()}
         self._all = self._inputs | self._outputs

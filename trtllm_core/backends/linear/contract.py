@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from trtllm_core.backends.linear.export import cache_names
 from trtllm_core.config import EngineConfig
 from trtllm_core.plugin import TensorSpec
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """Names of the layers' caches, in the order in which the graph has them: ``past_key_0``, ``past_value_0``, …"""
+    return [f"{prefix}_{what}_{layer}" for layer in range(layers) for what in ("key", "value")]
 
 
 def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
@@ -21,6 +25,3 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
         TensorSpec("cache_rows", "int64", ("batch",), True, (1,), (rows,)),
         TensorSpec("logits", "float32", ("batch", "asked", config.vocab_size_padded), False),
     )
-
-
-__all__ = ["cache_names", "tensor_specs"]

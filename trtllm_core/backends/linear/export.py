@@ -15,16 +15,12 @@ from torch import nn
 
 from trtllm_core.backends.linear import ops
 from trtllm_core.backends.linear.context import AttentionKind, LinearModule
+from trtllm_core.backends.linear.contract import cache_names
 from trtllm_core.backends.linear.ops import Dialect
 from trtllm_core.config import EngineConfig
 from trtllm_core.nn import RMSNorm
 
 OPSET = 24
-
-
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """Names of the layers' caches, in the order in which the graph has them: ``past_key_0``, ``past_value_0``, …"""
-    return [f"{prefix}_{what}_{layer}" for layer in range(layers) for what in ("key", "value")]
 
 
 @dataclass(frozen=True)

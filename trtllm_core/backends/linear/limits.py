@@ -19,16 +19,13 @@ def check_limits(config: EngineConfig, needed: tuple[str, ...], install: str) ->
     Raises:
         ConfigError: a module is missing, or the build asks for what these engines do not have.
     """
-    name, build = config.backend.name, config.build
+    name = config.backend.name
     missing = [module for module in needed if find_spec(module) is None]
     if missing:
         raise ConfigError(f"building needs {listing(missing)}: {install}")
-    if build.tp_size != 1:
+    if config.build.tp_size != 1:
         raise ConfigError(f"the {name} backend runs on one rank: leave tp_size at 1")
     if config.kv_dtype != config.model.dtype:
         raise ConfigError(
             f"the {name} backend keeps keys and values in the engine's dtype, {config.model.dtype}: leave kv_dtype out"
         )
-    for field in ("max_lora_rank", "max_prompt_embedding_table_size"):
-        if getattr(build, field):
-            raise ConfigError(f"the {name} backend has no place for {field}: build for the torch backend")

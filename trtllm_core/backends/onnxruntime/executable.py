@@ -61,7 +61,7 @@ class OnnxRuntimeExecutable(LinearExecutable):
         return sum(file.total_bytes for file in self.config.ranks)
 
 
-def open_session(path: Path, threads: int | None = None, accuracy_level: int = 0) -> onnxruntime.InferenceSession:
+def open_session(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
     Raises:
@@ -70,8 +70,6 @@ def open_session(path: Path, threads: int | None = None, accuracy_level: int = 0
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    if accuracy_level:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of several classes, which share no base

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trtllm_core.backends.linear.context import AttentionKind
-from trtllm_core.backends.linear.export import cache_names
+from trtllm_core.backends.linear.contract import cache_names
 from trtllm_core.backends.tensorrt.network import NetworkGraph
 from trtllm_core.errors import EngineUnsupportedError
 
