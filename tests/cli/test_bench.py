@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_core.cli.bandwidth import read_bandwidth
 from trtllm_core.cli.bench import Row
-from trtllm_core.cli.measure import Timing, Workload, copy_bandwidth, peak_memory, step_bytes, time_engine
+from trtllm_core.cli.measure import Timing, Workload, peak_memory, step_bytes, time_engine
 from trtllm_core.cli.peers import find_checkpoint
 from trtllm_core.errors import ConfigError
 from trtllm_core.runner import ModelRunner
@@ -72,7 +73,7 @@ def test_the_limit_counts_weights_and_cache(tiny_engine: Path) -> None:
     runner = ModelRunner.from_dir(tiny_engine)
     expected = runner.context_mem_size + 2 * (8 + 3) * 512
     assert step_bytes(runner, Workload("x", 2, 8, 6)) == expected
-    assert copy_bandwidth(runner.device, 1) > 1e8
+    assert read_bandwidth(runner.device, 1) > 1e8
     assert peak_memory() > 1e7
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trtllm_core.checkpoint.fingerprint import fingerprint
 from trtllm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that all tensors take as stored."""
+
+    def digest(self) -> str:
+        """What tells this checkpoint from another: see ``fingerprint``."""
+        return fingerprint(self.path)
 
     @abstractmethod
     def names(self) -> frozenset[str]:

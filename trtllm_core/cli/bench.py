@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from trtllm_core.cli.bandwidth import read_bandwidth
 from trtllm_core.cli.console import print_facts, print_json, print_table, size, stderr
 from trtllm_core.cli.footprint import Footprint
 from trtllm_core.cli.footprint import Job as MemoryJob
 from trtllm_core.cli.footprint import measure as measure_memory
-from trtllm_core.cli.measure import Workload, copy_bandwidth, median, step_bytes, time_engine
+from trtllm_core.cli.measure import Workload, median, step_bytes, time_engine
 from trtllm_core.cli.options import parse_sizes
-from trtllm_core.cli.peers import Peer, find_checkpoint, load_peer
+from trtllm_core.cli.peers import Peer, PeerSource, load_peer, peer_source
+from trtllm_core.cli.subject import Subject, subject_of
+from trtllm_core.cli.workloads import Lengths
 
 if TYPE_CHECKING:
-    from trtllm_core.config import BuildConfig
     from trtllm_core.runner import ModelRunner
 
 
@@ -48,7 +50,11 @@ class Row:
 
 
 def bench(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine that `trtllm-core build` made.")],
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="[ENGINE]", help="An engine that `trtllm-core build` made.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead: random weights of a model such as llama-3-8b.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of random weights (default: the model's own).")] = None,
     peer: Annotated[str | None, typer.Option(help="Compare with it: transformers.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The peer's weights (default: beside the engine).")] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes to decode (default: 1,8).")] = None,
@@ -58,62 +64,63 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's).", min=1)] = None,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process of its own.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill, decoding and memory, side by side with a peer on the same weights and threads."""
     import torch
 
-    from trtllm_core.engine.directory import read_config
-    from trtllm_core.runner import ModelRunner
-
-    config = read_config(engine)
-    works = _workloads(config.build, batch, prompt_len, new_tokens, prefill_len)
-    weights = None if peer is None else find_checkpoint(checkpoint, engine, config.source)
     if threads is not None:
         torch.set_num_threads(threads)
+    asked = Lengths(None if batch is None else parse_sizes(batch, "--batch"), prompt_len, new_tokens, prefill_len)
+    subject = subject_of(engine, shape, dtype, asked.limits())
+    config = subject.config()
+    works = asked.workloads(config.build)
+    source = None if peer is None else peer_source(peer, checkpoint, subject, config)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:
-        task = bar.add_task("loading")
-        other = None if weights is None else load_peer(str(peer), weights, config.model.dtype, device)
-        runner = ModelRunner.from_dir(engine, device=device)
-        bandwidth = copy_bandwidth(runner.device)
+        task = bar.add_task("memory")
+        # First, while this process holds nothing: two copies of a large model do not fit on one GPU.
+        footprints = _memory(subject, works, threads, device, source) if memory else []
+        bar.update(task, description="loading")
+        runner = subject.load(device)
+        other = None if source is None else load_peer(source, device)
+        bandwidth = read_bandwidth(runner.device)
         rows = [Row(work, None if work.is_prefill else _limit(runner, work, bandwidth)) for work in works]
         for row in rows:
             bar.update(task, description=row.work.name)
             _time(row, runner, other, repeats)
-        bar.update(task, description="memory")
-        job = MemoryJob(str(engine), works, threads, device)
-        memory = [("ours", measure_memory(job))]
-        if peer is not None:
-            theirs = MemoryJob(str(engine), works, threads, device, peer, str(weights), config.model.dtype)
-            memory.append((peer, measure_memory(theirs)))
     about = {
-        "engine": str(engine),
+        "name": subject.name,
+        "engine": subject.engine or None,
+        "shape": subject.shape or None,
         "dtype": config.model.dtype,
         "device": str(runner.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "peer": None if other is None else other.name,
         "repeats": repeats,
-        "copy_bandwidth": bandwidth,
+        "read_bandwidth": bandwidth,
         "batch_speedup": _speedup(rows),
     }
     if as_json:
-        records = {"rows": [row.record() for row in rows], "memory": {name: asdict(found) for name, found in memory}}
+        records = {
+            "rows": [row.record() for row in rows],
+            "memory": {name: asdict(found) for name, found in footprints},
+        }
         print_json({**about, **records})
     else:
-        _print(about, rows, memory)
+        _print(about, rows, footprints)
 
 
-def _workloads(
-    build: BuildConfig, batch: str | None, prompt_len: int | None, new_tokens: int, prefill_len: int | None
-) -> list[Workload]:
-    """The rows. Defaults are lowered to what the engine takes; what was asked for is not."""
-    sizes = [min(size, build.max_batch_size) for size in (1, 8)] if batch is None else parse_sizes(batch, "--batch")
-    room = min(build.max_input_len, build.max_seq_len - new_tokens)
-    prompt = prompt_len or max(min(128, room), 1)
-    prefill = prefill_len or min(512, build.max_input_len)
-    decodes = [Workload(f"decode, batch {size}", size, prompt, new_tokens) for size in dict.fromkeys(sizes)]
-    return [Workload(f"prefill {prefill}", 1, prefill, 1), *decodes]
+def _memory(
+    subject: Subject, works: list[Workload], threads: int | None, device: str, peer: PeerSource | None
+) -> list[tuple[str, Footprint]]:
+    """Ours, then the peer's."""
+    found = [("ours", measure_memory(MemoryJob(subject.as_json(), works, threads, device)))]
+    if peer is not None:
+        job = MemoryJob(subject.as_json(), works, threads, device, asdict(peer))
+        found.append((peer.name, measure_memory(job)))
+    return found
 
 
 def _time(row: Row, runner: ModelRunner, peer: Peer | None, repeats: int) -> None:
@@ -147,19 +154,21 @@ def _print(about: dict[str, Any], rows: list[Row], memory: list[tuple[str, Footp
         cells.append(
             [record["name"], _number(record["ours"]), *theirs, _number(record["limit"]), _number(share, "%", 0)]
         )
-    title = f"{about['engine']}: {about['dtype']} on {about['device']}, {about['threads']} threads"
+    title = f"{about['name']}: {about['dtype']} on {about['device']}, {about['threads']} threads"
     print_table(headers, cells, f"{title}, medians of {about['repeats']}")
     speedup = about["batch_speedup"]
     lines = (
         [] if speedup is None else [("batching", f"the largest batch decodes {speedup:.2f} times as fast as batch 1")]
     )
-    lines.append(
-        ("limit", f"weights and KV read once a step at {about['copy_bandwidth'] / 1e9:.1f} GB/s, a copy's speed")
-    )
+    lines.append(("limit", f"weights and KV read once a step at {about['read_bandwidth'] / 1e9:.1f} GB/s"))
     for name, found in memory:
+        if found.device_peak:
+            lines.append((f"peak memory, {name}", f"{size(found.device_peak)} on {about['device']}"))
         own = f", of which {size(found.weights)} weights and {size(found.kv)} KV" if found.weights else ""
         base = f"{size(found.imported)} before loading"
-        lines.append((f"peak memory, {name}", f"{size(found.peak)} resident ({base}{own})"))
+        lines.append(
+            (f"peak {'host ' if found.device_peak else ''}memory, {name}", f"{size(found.peak)} resident ({base}{own})")
+        )
     print_facts(lines)
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 from trtllm_core.cli.measure import Workload, peak_memory, time_engine
 from trtllm_core.errors import BackendError
@@ -16,18 +16,18 @@ from trtllm_core.errors import BackendError
 class Job:
     """What the process is to load and run."""
 
-    engine: str
+    subject: dict[str, Any]
+    """See ``Subject.as_json``."""
     works: list[Workload]
     threads: int | None
     device: str
-    peer: str | None = None
-    checkpoint: str = ""
-    dtype: str = ""
+    peer: dict[str, Any] | None = None
+    """Fields of a ``PeerSource``, to run instead of the subject."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of host memory."""
+    """Bytes of memory: the host's, unless it says otherwise."""
 
     peak: int
     """Most that was resident, the mapped weights included."""
@@ -35,6 +35,8 @@ class Footprint:
     """What was resident before anything was loaded: Python and PyTorch."""
     weights: int = 0
     kv: int = 0
+    device_peak: int = 0
+    """Most that was ever allocated on the GPU by PyTorch; 0 where there is none."""
 
 
 def measure(job: Job) -> Footprint:
@@ -58,18 +60,26 @@ def _run(job: Job) -> Footprint:
         torch.set_num_threads(job.threads)
     imported = peak_memory()
     if job.peer is not None:
-        from trtllm_core.cli.peers import load_peer
+        from trtllm_core.cli.peers import PeerSource, load_peer
 
-        peer = load_peer(job.peer, Path(job.checkpoint), job.dtype, job.device)
+        peer = load_peer(PeerSource(**job.peer), job.device)
         for work in job.works:
             peer.time(work)
-        return Footprint(peak_memory(), imported)
-    from trtllm_core.runner import ModelRunner
+        return Footprint(peak_memory(), imported, device_peak=_device_peak(job.device))
+    from trtllm_core.cli.subject import Subject
 
-    runner = ModelRunner.from_dir(job.engine, device=job.device)
+    runner = Subject(**job.subject).load(job.device)
     for work in job.works:
         time_engine(runner, work)
-    return Footprint(peak_memory(), imported, runner.context_mem_size, runner.generation.loop.cache.bytes)
+    kv = runner.generation.loop.cache.bytes
+    return Footprint(peak_memory(), imported, runner.context_mem_size, kv, _device_peak(job.device))
+
+
+def _device_peak(device: str) -> int:
+    import torch
+
+    place = torch.device(device)
+    return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0
 
 
 if __name__ == "__main__":

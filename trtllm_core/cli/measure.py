@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from trtllm_core.runner import ModelRunner
 
-_COPY_BYTES = 256 * 1024**2
-"""More than any cache of the host."""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -72,23 +69,6 @@ def time_engine(runner: ModelRunner, work: Workload) -> Timing:
         else:
             late += len(delta.tokens)
     return Timing(first - started, time.perf_counter() - first, late)
-
-
-def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """Bytes a second that a large copy reads and writes together: the best of several."""
-    import torch
-
-    source = torch.zeros(_COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * _COPY_BYTES / best
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_core.cli.measure import Timing, Workload, synchronize
 from trtllm_core.errors import BackendError, ConfigError, listing
+
+if TYPE_CHECKING:
+    import torch
+
+    from trtllm_core.cli.subject import Subject
+    from trtllm_core.config import EngineConfig
 
 
 class Peer(Protocol):
@@ -21,10 +28,22 @@ class Peer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PeerSource:
+    """Which peer, and what it loads. It is plain data, so that another process can load the same."""
+
+    name: str
+    dtype: str
+    checkpoint: str = ""
+    """The files of the weights."""
+    shape: str = ""
+    """Or a published shape, for random weights."""
+
+
 class TransformersPeer:
     """``generate`` of Hugging Face's transformers, greedy, with its default cache and attention."""
 
-    def __init__(self, checkpoint: Path, dtype: str, device: str) -> None:
+    def __init__(self, source: PeerSource, device: str) -> None:
         try:
             import transformers
         except ImportError as error:
@@ -35,15 +54,11 @@ class TransformersPeer:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        source, options = checkpoint, {}
-        if checkpoint.is_file():
-            # Dense weights on both sides: left alone, transformers would run the file's packed ones.
-            dense = transformers.GgufConfig(dequantize=True)
-            source, options = checkpoint.parent, {"gguf_file": checkpoint.name, "quantization_config": dense}
-        load: Any = transformers.AutoModelForCausalLM.from_pretrained
         self.name = f"transformers {transformers.__version__}"
         self._device = torch.device(device)
-        self._model = load(source, dtype=getattr(torch, dtype), **options).eval().to(self._device)
+        dtype = getattr(torch, source.dtype)
+        self._model: Any = _random_model(source.shape, dtype, device) if source.shape else _load_model(source, dtype)
+        self._model.eval().to(self._device)
         # A peer that stopped early would look fast: no token ends its text.
         self._model.generation_config.eos_token_id = None
         self._options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
@@ -73,18 +88,56 @@ class TransformersPeer:
         return seconds
 
 
-PEERS: dict[str, Callable[[Path, str, str], Peer]] = {"transformers": TransformersPeer}
+def _load_model(source: PeerSource, dtype: torch.dtype) -> Any:
+    import transformers
+
+    path, options = Path(source.checkpoint), dict[str, Any]()
+    if path.is_file():
+        # Dense weights on both sides: left alone, transformers would run the file's packed ones.
+        dense = transformers.GgufConfig(dequantize=True)
+        path, options = path.parent, {"gguf_file": path.name, "quantization_config": dense}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
-def load_peer(name: str, checkpoint: Path, dtype: str, device: str) -> Peer:
-    """A peer by name, with its weights loaded.
+def _random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
+    """Made where it runs, so that a large one does not pass through the host."""
+    import torch
+    import transformers
+
+    from trtllm_core.cli.shapes import find_shape
+
+    fields = dict(find_shape(shape).config)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+PEERS: dict[str, Callable[[PeerSource, str], Peer]] = {"transformers": TransformersPeer}
+
+
+def load_peer(source: PeerSource, device: str) -> Peer:
+    """A peer, with its weights loaded.
 
     Raises:
-        ConfigError: there is no such peer, or it is not installed.
+        ConfigError: it is not installed.
+    """
+    return PEERS[source.name](source, device)
+
+
+def peer_source(name: str, checkpoint: Path | None, subject: Subject, config: EngineConfig) -> PeerSource:
+    """What a peer loads to have what we have.
+
+    Raises:
+        ConfigError: there is no such peer, or no checkpoint for it.
     """
     if name not in PEERS:
         raise ConfigError(f"there is no peer {name!r} (known: {listing(PEERS)})")
-    return PEERS[name](checkpoint, dtype, device)
+    if subject.engine:
+        path = find_checkpoint(checkpoint, Path(subject.engine), config.source)
+        return PeerSource(name, config.model.dtype, str(path))
+    if checkpoint is not None:
+        raise ConfigError("--checkpoint is the weights of an engine's peer: beside --shape, the peer's are random too")
+    return PeerSource(name, config.model.dtype, shape=subject.shape)
 
 
 def find_checkpoint(given: Path | None, engine: Path, source: str) -> Path:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from trtllm_core.checkpoint import Checkpoint, open_checkpoint
-from trtllm_core.checkpoint.fingerprint import fingerprint
 from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider, RankFile
 from trtllm_core.engine.directory import holds_engine, write_config
 from trtllm_core.engine.lora import lora_layers
@@ -60,7 +59,7 @@ def plan_engine(
         build=build,
         lora_layers=layers,
         source=checkpoint.path.name,
-        source_digest=fingerprint(checkpoint.path),
+        source_digest=checkpoint.digest(),
     )
     return config, family, backend
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,34 @@ class TorchBackend(Backend):
         """
         if unknown:
             raise ConfigError(f"the torch backend has no option {listing(unknown)}")
-        device = _check_device(torch.device(device), config, batch_invariant)
+        device = check_device(torch.device(device), config, batch_invariant)
         parallel = _check_rank(source, config, parallel)
-        module = meta_module(config, family, parallel)
         weights = Weights(source, device)
-        fill(module, config, weights.tensors, device)
+        return self.assemble(weights.tensors, config, family, device, parallel, batch_invariant, weights.evict)
+
+    def assemble(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        config: EngineConfig,
+        family: ModelFamily,
+        device: torch.device,
+        parallel: TensorParallel,
+        batch_invariant: bool = False,
+        evict: Callable[[torch.Tensor], None] = lambda weight: None,
+    ) -> TorchExecutable:
+        """An executable over weights that are on ``device`` already: one tensor for each parameter of the module.
+
+        Args:
+            tensors: kept as they are, or packed for the CPU.
+            evict: told of weights that were packed; see ``Weights.evict``.
+
+        Raises:
+            EngineCorruptError: the tensors are not what the config says.
+        """
+        module = meta_module(config, family, parallel)
+        fill(module, config, tensors, device)
         dtype = getattr(torch, config.model.dtype)
-        choose_kernels(module, device, dtype, batch_invariant, weights.evict)
+        choose_kernels(module, device, dtype, batch_invariant, evict)
         lora = None
         if config.lora_layers:
             product = plain_product(device, dtype, batch_invariant)
@@ -106,7 +127,12 @@ class TorchBackend(Backend):
         return None if engine is None else parse_config(engine, "the config in the engine's metadata")
 
 
-def _check_device(device: torch.device, config: EngineConfig, batch_invariant: bool) -> torch.device:
+def check_device(device: torch.device, config: EngineConfig, batch_invariant: bool) -> torch.device:
+    """The device, if it is there and can do what is asked.
+
+    Raises:
+        EngineUnsupportedError: it is not, or cannot.
+    """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineUnsupportedError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU; use device='cpu'")
     if batch_invariant and (device.type != "cpu" or config.model.dtype != "float32"):
