@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,31 @@ from hypothesis import strategies as st
 from trtllm_core.backends.torch import biases, plain
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch
+from trtllm_core.backends.torch.cache_folder import cache_folder
+from trtllm_core.backends.torch.cpu.attention import DecodeAttention
+from trtllm_core.backends.torch.cpu.kernels import Kernels
 from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.plain import PlainContext
 from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.errors import EngineUnsupportedError
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin.kv_policy import KVModel, KVPlan
 
 BLOCK, LONGEST, CPU = 8, 160, torch.device("cpu")
+
+
+def compiled_context(batch: PackedBatch, pool: KVPool, positions: torch.Tensor) -> PagedContext:
+    """With our own kernel where every row runs one token."""
+    try:
+        kernels = Kernels(pool.storage.dtype, cache_folder())
+    except EngineUnsupportedError as error:
+        pytest.skip(str(error))
+    return DecodeAttention(kernels).context(batch, pool, positions)
+
+
+Context = Callable[[PackedBatch, KVPool, torch.Tensor], PagedContext]
+CONTEXTS = [PagedContext, InvariantContext, compiled_context]
 
 
 def layer(heads: int = 4, kv_heads: int = 2, size: int = 32, rotary: int | None = None, alibi: bool = False,
@@ -63,7 +81,7 @@ class Rows:
         self.pool = KVPool(self.plan, dtype, device)
         self.past = [0] * len(lengths)
 
-    def run(self, counts: dict[int, int], context: type[PagedContext]) -> dict[int, torch.Tensor]:
+    def run(self, counts: dict[int, int], context: Context) -> dict[int, torch.Tensor]:
         """The next ``counts[row]`` tokens of each row, in one call."""
         rows, past = list(counts), [self.past[row] for row in counts]
         inputs = {
@@ -80,7 +98,7 @@ class Rows:
             self.past[row] += count
         return dict(zip(rows, torch.split(out, list(counts.values())), strict=True))
 
-    def cut(self, sizes: list[list[int]], context: type[PagedContext]) -> list[torch.Tensor]:
+    def cut(self, sizes: list[list[int]], context: Context) -> list[torch.Tensor]:
         """Every row in pieces, taken from ``sizes`` in turn, all rows together."""
         parts: list[list[torch.Tensor]] = [[] for _ in self.qkv]
         for turn in range(LONGEST):
@@ -193,10 +211,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_formula(name: str, cut: str, context: type[PagedContext]) -> None:
+def test_the_formula(name: str, cut: str, context: Context) -> None:
     rows = Rows(layer(**LAYERS[name]), LENGTHS)
     assert off(rows.cut(CUTS[cut], context), rows.expected()) < 2e-5
 
@@ -222,11 +240,11 @@ def same_bits(name: str) -> None:
 RINGS = {"ring": (19, 0), "sinks": (24, 4), "one": (6, 5), "never full": (100, 3)}
 
 
-@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize("name", ["rotary", "alibi, six heads of two", "all", "softcap, window"])
-def test_rings(name: str, ring: str, cut: str, context: type[PagedContext]) -> None:
+def test_rings(name: str, ring: str, cut: str, context: Context) -> None:
     """What a ring has overwritten, a mask would hide; a call's first tokens see what its last ones overwrite."""
     rows = Rows(layer(**LAYERS[name]), LENGTHS, ring=RINGS[ring])
     assert off(rows.cut(CUTS[cut], context), rows.expected()) < 2e-5
@@ -244,9 +262,7 @@ WITHIN = {
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("ring", [(24, 4), (19, 0), (6, 5), (None, 0)])
 @pytest.mark.parametrize("name", WITHIN)
-def test_positions_within_the_cache(
-    name: str, ring: tuple[int | None, int], cut: str, context: type[PagedContext]
-) -> None:
+def test_positions_within_the_cache(name: str, ring: tuple[int | None, int], cut: str, context: Context) -> None:
     rows = Rows(layer(**WITHIN[name]), LENGTHS, ring=ring, positions="cache")
     expected = [streaming(rows.layer, x.double(), rows.plan).float() for x in rows.qkv]
     assert off(rows.cut(CUTS[cut], context), expected) < 2e-5
@@ -302,8 +318,8 @@ def test_a_ring_gives_the_bits_of_a_full_cache_whose_layers_have_a_window() -> N
             assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
 
 
-@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
-def test_a_ring_larger_than_the_layers_window_can_take_back_the_difference(context: type[PagedContext]) -> None:
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_ring_larger_than_the_layers_window_can_take_back_the_difference(context: Context) -> None:
     rows = Rows(layer(rotary=32, sliding_window=11), (60, 60), ring=(16, 0))
     drafts = [x.clone() for x in rows.qkv]
     for back in (5, 3, 1):
@@ -318,10 +334,10 @@ def test_a_ring_larger_than_the_layers_window_can_take_back_the_difference(conte
         assert off([ours[0], ours[1]], expected) < 2e-5
 
 
-@pytest.mark.parametrize("context", [PagedContext, InvariantContext])
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("size", [32, 40, 64, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_sizes_of_heads(size: int, heads: int, kv_heads: int, context: type[PagedContext]) -> None:
+def test_sizes_of_heads(size: int, heads: int, kv_heads: int, context: Context) -> None:
     for options in ({"rotary": size // 4}, {"alibi": True}, {"softcap": 5.0}):
         rows = Rows(layer(heads, kv_heads, size, **options), (20, 1, 9))  # type: ignore[arg-type]
         assert off(rows.cut([[9, 1, 4], [1, 1, 1], [1, 0, 1]], context), rows.expected()) < 2e-5

@@ -14,6 +14,9 @@ from trtllm_core.parallel import TensorParallel
 MatMul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """``(x [..., in], weight [out, in], bias [out] or None) -> [..., out]``."""
 
+AddMatMul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``(x [..., in], residual [..., out]) -> residual + x Wᵀ + b``, which may be written over ``residual``."""
+
 
 class Linear(Layer):
     """``y = x Wᵀ + b`` with the whole weight on every rank.
@@ -62,13 +65,23 @@ class QKVLinear(Linear):
 
 
 class RowLinear(Linear):
-    """Input features are split: the ranks' partial products are summed. The bias is added once, by rank 0."""
+    """Input features are split: the ranks' partial products are summed. The bias is added once, by rank 0.
+
+    ``add`` may be put in place by a backend, as ``matmul`` may: the product and the residual in one kernel.
+    """
 
     def __init__(self, in_features: int, out_features: int, parallel: TensorParallel, bias: bool = False) -> None:
         super().__init__(len(parallel.span(in_features)), out_features, bias)
         self.parallel = parallel
+        self.add: AddMatMul | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., in_features / ranks] -> [..., out_features]``, the same on every rank."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., in_features / ranks] -> [..., out_features]``, the same on every rank, plus ``residual``.
+
+        ``residual [..., out_features]`` is given away: the result may be written over it.
+        """
+        if residual is not None and self.add is not None:
+            return self.add(x, residual)
         bias = self.bias if self.parallel.rank == 0 else None
-        return self.parallel.all_reduce(self.matmul(x, self.weight, bias))
+        y = self.parallel.all_reduce(self.matmul(x, self.weight, bias))
+        return y if residual is None else residual + y

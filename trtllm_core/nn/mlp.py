@@ -47,7 +47,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class MLP(Layer):
-    """``down(act(up(x)))``."""
+    """``down(act(up(x)))``.
+
+    ``inner`` may be put in place by a backend: all that comes before ``down``, in fewer kernels.
+    """
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str, parallel: TensorParallel, bias: bool = False
@@ -56,14 +59,19 @@ class MLP(Layer):
         self.up = ColumnLinear(hidden_size, intermediate_size, parallel, bias)
         self.down = RowLinear(intermediate_size, hidden_size, parallel, bias)
         self.activation = ACTIVATIONS[activation]
+        self.inner: Activation | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., hidden_size] ->`` same shape."""
-        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape, plus ``residual``: see ``RowLinear``."""
+        inner = self.activation(self.up(x)) if self.inner is None else self.inner(x)
+        return self.down(inner, residual)  # type: ignore[no-any-return]
 
 
 class GatedMLP(Layer):
-    """``down(act(gate(x)) * up(x))``, gate and up in one product: ``gate_up`` holds gate's rows, then up's."""
+    """``down(act(gate(x)) * up(x))``, gate and up in one product: ``gate_up`` holds gate's rows, then up's.
+
+    ``inner`` is as of ``MLP``.
+    """
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str, parallel: TensorParallel, bias: bool = False
@@ -72,8 +80,11 @@ class GatedMLP(Layer):
         self.gate_up = ColumnLinear(hidden_size, 2 * intermediate_size, parallel, bias)
         self.down = RowLinear(intermediate_size, hidden_size, parallel, bias)
         self.activation = ACTIVATIONS[activation]
+        self.inner: Activation | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., hidden_size] ->`` same shape."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape, plus ``residual``: see ``RowLinear``."""
+        if self.inner is not None:
+            return self.down(self.inner(x), residual)  # type: ignore[no-any-return]
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]
+        return self.down(self.activation(gate) * up, residual)  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ class RMSNorm(Layer):
 
 
 class LayerNorm(Layer):
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension. ``kernel`` is as of ``RMSNorm``."""
 
     def __init__(self, size: int, eps: float, bias: bool = True) -> None:
         super().__init__()
@@ -43,7 +43,10 @@ class LayerNorm(Layer):
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
         self.shape = (size,)
         self.eps = eps
+        self.kernel: Norm | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., size] ->`` same shape and dtype."""
+        if self.kernel is not None:
+            return self.kernel(x)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.torch.cache_folder import cache_folder
+from trtllm_core.backends.torch.cpu.kernels import DTYPES, Kernels
+from trtllm_core.backends.torch.cpu.layers import accelerate
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
 from trtllm_core.backends.torch.lora import LoraBank
@@ -21,6 +25,8 @@ from trtllm_core.errors import ConfigError, EngineUnsupportedError, listing
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
 from trtllm_core.plugin.backend import Progress
+
+_log = logging.getLogger(__name__)
 
 
 class TorchBackend(Backend):
@@ -75,9 +81,12 @@ class TorchBackend(Backend):
         device: torch.device | str = "cpu",
         parallel: TensorParallel | None = None,
         batch_invariant: bool = False,
+        native: bool | None = None,
         **unknown: Any,
     ) -> TorchExecutable:
         """See ``Backend``. Weights on the CPU stay a view of the mapped file, or are packed for it.
+
+        ``native``: whether a CPU uses kernels compiled for it beside PyTorch's; None: where they can be.
 
         Raises:
             ConfigError: an unknown option, or ``parallel`` is not the rank that the file was built for.
@@ -89,7 +98,7 @@ class TorchBackend(Backend):
         device = check_device(torch.device(device), config, batch_invariant)
         parallel = _check_rank(source, config, parallel)
         weights = Weights(source, device)
-        return self.assemble(weights.tensors, config, family, device, parallel, batch_invariant, weights.evict)
+        return self.assemble(weights.tensors, config, family, device, parallel, batch_invariant, native, weights.evict)
 
     def assemble(
         self,
@@ -99,12 +108,14 @@ class TorchBackend(Backend):
         device: torch.device,
         parallel: TensorParallel,
         batch_invariant: bool = False,
+        native: bool | None = None,
         evict: Callable[[torch.Tensor], None] = lambda weight: None,
     ) -> TorchExecutable:
         """An executable over weights that are on ``device`` already: one tensor for each parameter of the module.
 
         Args:
             tensors: kept as they are, or packed for the CPU.
+            native: see ``load``.
             evict: told of weights that were packed; see ``Weights.evict``.
 
         Raises:
@@ -114,12 +125,15 @@ class TorchBackend(Backend):
         fill(module, config, tensors, device)
         dtype = getattr(torch, config.model.dtype)
         choose_kernels(module, device, dtype, batch_invariant, evict)
+        kernels = _native_kernels(native, device, dtype, batch_invariant)
+        if kernels is not None:
+            accelerate(module, kernels)
         lora = None
         if config.lora_layers:
             product = plain_product(device, dtype, batch_invariant)
             sizes = lora_sizes(family, config, parallel)
             lora = LoraBank(module, sizes, config.build, dtype, device, product, batch_invariant)
-        return TorchExecutable(config, module, device, batch_invariant, parallel, lora)
+        return TorchExecutable(config, module, device, batch_invariant, parallel, lora, kernels)
 
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
         """See ``Backend``."""
@@ -140,6 +154,21 @@ def check_device(device: torch.device, config: EngineConfig, batch_invariant: bo
             f"batch_invariant runs float32 engines on the CPU; this engine is {config.model.dtype} on {device.type}"
         )
     return device
+
+
+def _native_kernels(asked: bool | None, device: torch.device, dtype: torch.dtype, invariant: bool) -> Kernels | None:
+    """The compiled kernels, where they are wanted and can be had."""
+    if asked is False or (asked is None and (invariant or device.type != "cpu" or dtype not in DTYPES)):
+        return None
+    try:
+        if invariant or device.type != "cpu" or dtype not in DTYPES:
+            raise EngineUnsupportedError("they run float32 and bfloat16 engines on the CPU, not batch_invariant")
+        return Kernels(dtype, cache_folder())
+    except EngineUnsupportedError as error:
+        if asked:
+            raise EngineUnsupportedError(f"native kernels were asked for, but cannot be had: {error}") from error
+        _log.info("PyTorch's kernels alone are used: %s", error)
+        return None
 
 
 def _check_rank(

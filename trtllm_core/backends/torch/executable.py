@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host
+from trtllm_core.backends.torch.cpu.attention import DecodeAttention
+from trtllm_core.backends.torch.cpu.kernels import Kernels
 from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.plain import PlainContext
@@ -75,6 +77,7 @@ class TorchExecutable(Executable):
         batch_invariant: bool = False,
         parallel: TensorParallel | None = None,
         lora: LoraBank | None = None,
+        native: Kernels | None = None,
     ) -> None:
         self.config = config
         self.module: Any = module
@@ -96,7 +99,8 @@ class TorchExecutable(Executable):
                 if isinstance(layer, VocabParallelEmbedding):
                     layer.replace = self._replace
         self._lora = lora
-        self._context: type[PagedContext] = PagedContext
+        self._native = None if native is None else DecodeAttention(native)
+        self._context: Callable[[PackedBatch, KVPool, torch.Tensor], PagedContext] = PagedContext
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
         self._parallel = parallel or TensorParallel()
@@ -109,8 +113,10 @@ class TorchExecutable(Executable):
         self._pool = KVPool(plan, getattr(torch, plan.model.dtype), self.device)
         if self.capabilities.batch_invariant:
             self._context = InvariantContext
+        elif plan.scores or plan.positions == "cache":
+            self._context = PlainContext
         else:
-            self._context = PlainContext if plan.scores or plan.positions == "cache" else PagedContext
+            self._context = PagedContext if self._native is None else self._native.context
         return self._pool.bytes
 
     def edit_kv(self, edits: Edits) -> None:

@@ -1,0 +1,78 @@
+"""Compiles the kernels with the machine's own compiler, once, and keeps the library on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from trtllm_core.errors import EngineUnsupportedError
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+"""Not ``-ffast-math``: linked so, a library changes how the whole process rounds tiny numbers."""
+
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT = 120
+"""Seconds; a machine needs one or two."""
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def library(folder: Path) -> ctypes.CDLL:
+    """The kernels, compiled or found in ``folder``.
+
+    Raises:
+        EngineUnsupportedError: there is no compiler, it fails, or what it made cannot be loaded; says which.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise EngineUnsupportedError("there is no C++ compiler; install one, or set CXX to its path")
+    path = folder / f"kernels-{_key(compiler)}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        told = error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"]
+        raise EngineUnsupportedError(f"{compiler} cannot compile the kernels: {told[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineUnsupportedError(f"the kernels cannot be compiled or loaded: {error}") from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Others may compile at the same time: whoever is last replaces the file with an equal one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(part)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _log.info("compiled %s", path)
+
+
+def _compiler() -> str | None:
+    asked = os.environ.get("CXX")
+    return shutil.which(asked) if asked else next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _key(compiler: str) -> str:
+    """Of source, flags, compiler and processor: a home may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        processor = platform.processor()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT).stdout
+    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), processor)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
