@@ -15,7 +15,8 @@ from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConf
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.decoding.live import LiveRequest
-from trtllm_core.decoding.plan import Plan, Planner, offers
+from trtllm_core.decoding.plan import Plan
+from trtllm_core.decoding.planner import Planner, offers
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.engine.load import Serialized
 from trtllm_core.errors import CapacityError, ConfigError

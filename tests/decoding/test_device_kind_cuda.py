@@ -13,7 +13,7 @@ from trtllm_core import Plugins, SamplingConfig
 from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.pipeline import LogitsPipeline
-from trtllm_core.decoding.plan import Planner
+from trtllm_core.decoding.planner import Planner
 from trtllm_core.plugin import DeviceLogitsProcessor, LogitsBatch, Sampler
 
 pytestmark = pytest.mark.cuda

@@ -14,7 +14,7 @@ from transformers.generation import GenerationMixin
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.decoding.order import PRESETS, merged
 from trtllm_core.decoding.pipeline import LogitsPipeline
-from trtllm_core.decoding.plan import Planner
+from trtllm_core.decoding.planner import Planner
 from trtllm_core.decoding.stages import CommittedRows
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import BranchView, DeviceLogitsProcessor, HostLogitsProcessor, Phase

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.decoding import stages as stages_module
-from trtllm_core.decoding.plan import Planner
+from trtllm_core.decoding.planner import Planner
 from trtllm_core.decoding.samplers import log_probs
 from trtllm_core.errors import ConfigError, PluginContractError
 from trtllm_core.plugin import (

@@ -9,7 +9,7 @@ import pytest
 
 from trtllm_core import ModelRunner, Plugins, SamplingConfig
 from trtllm_core.decoding.order import PRESETS
-from trtllm_core.decoding.plan import CORE_FIELDS, SAMPLER_FIELDS
+from trtllm_core.decoding.planner import CORE_FIELDS, SAMPLER_FIELDS
 from trtllm_core.errors import ConfigError
 from trtllm_core.testing.markov import MarkovExecutable
 

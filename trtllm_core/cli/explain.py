@@ -25,7 +25,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain a request's pipeline: order, providers, who honours each field, what was left out. Loads no weights."""
-    from trtllm_core.decoding.plan import Planner, offers
+    from trtllm_core.decoding.planner import Planner, offers
     from trtllm_core.engine.directory import TOKENIZER, read_config
     from trtllm_core.plugin import Plugins
 

@@ -19,7 +19,8 @@ from trtllm_core.decoding.gathering import Gathering, PromptScores
 from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
-from trtllm_core.decoding.plan import Plan, PlanItem, Planner
+from trtllm_core.decoding.plan import Plan, PlanItem
+from trtllm_core.decoding.planner import Planner
 from trtllm_core.decoding.positions import Drafts
 from trtllm_core.decoding.random import slot_key
 from trtllm_core.decoding.request import Delta, Request

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from trtllm_core.config import SamplingConfig
-from trtllm_core.decoding.plan import offers
+from trtllm_core.decoding.planner import offers
 from trtllm_core.plugin import Decoder, Sampler
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trtllm_core.config import SamplingConfig
-from trtllm_core.decoding.plan import PlanItem, Planner
+from trtllm_core.decoding.plan import PlanItem
+from trtllm_core.decoding.planner import Planner
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import (
     DecoderRegistrar,

@@ -1,0 +1,277 @@
+"""The planner: resolves what a request asks for to a plan, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
+from trtllm_core.decoding.branching import branching_of, overrides, positions_of
+from trtllm_core.decoding.making import check_kind, made, parameters
+from trtllm_core.decoding.order import PRESETS, ordered
+from trtllm_core.decoding.plan import Plan, PlanItem
+from trtllm_core.errors import ConfigError, listing
+from trtllm_core.plugin import (
+    Decoder,
+    DecoderCapabilities,
+    DeviceStoppingCriterion,
+    LogitsProcessor,
+    Plugins,
+    Sampler,
+    StoppingCriterion,
+)
+from trtllm_core.plugin.lifecycle import SlotPlugin
+from trtllm_core.plugin.registrar import Registry
+
+CORE_FIELDS = frozenset(
+    {
+        "pad_id",
+        "output_sequence_lengths",
+        "return_dict",
+        "output_cum_log_probs",
+        "output_log_probs",
+        "prompt_logprobs",
+        "max_attention_window_size",
+        "sink_token_length",
+        "cache_salt",
+        "cache_priority",
+        "preset",
+        "decoder",
+        "logits_processors",
+        "stopping_criteria",
+    }
+)
+"""Fields of SamplingConfig that the generation loop honours itself."""
+
+SAMPLER_FIELDS = frozenset({"num_return_sequences", "num_logprobs", "normalize_log_probs"})
+"""Fields that it honours for requests whose decoder is a sampler."""
+
+UNUSED = ((LogitsProcessor, "companions"),)
+"""Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
+
+
+def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> frozenset[str]:
+    """What this loop can give a plugin that ``needs`` something.
+
+    Args:
+        text: the engine has a tokenizer.
+        multi_position: the backend runs several positions of a row in one call.
+        kv_rewind: tokens can leave the cache again. See ``Planner.follow``.
+    """
+    wanted = {"text": text, "multi_position": multi_position, "kv_rewind": kv_rewind}
+    return frozenset({"kv_fork", "sampler", "distribution"} | {name for name, there in wanted.items() if there})
+
+
+@dataclass
+class Planner:
+    """Resolves plans for one session, whose plugin objects it owns: one of a kind and name, for all requests."""
+
+    plugins: Plugins
+    offers: frozenset[str] = frozenset()
+    """What backend, loop and engine can give a plugin: see the plugins' ``needs``."""
+    build: BuildConfig | None = None
+    """The engine's limits; None: not known."""
+    _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
+    _rewindable: int | None = None
+
+    def follow(self, rewindable: int | None) -> None:
+        """The cache is one that can take back so many tokens; None: all. None can leave an attention window's ring."""
+        self._rewindable = rewindable
+        self.offers = self.offers - {"kv_rewind"} if rewindable == 0 else self.offers | {"kv_rewind"}
+
+    def plan(
+        self,
+        sampling: SamplingConfig,
+        processors: Sequence[LogitsProcessor] = (),
+        criteria: Sequence[StoppingCriterion] = (),
+        beside: Iterable[PlanItem] = (),
+        prompt: Sequence[int] = (),
+    ) -> Plan:
+        """The plan of a request; ``processors`` and ``criteria`` are objects that the user passed in.
+
+        ``beside`` are the processors of requests of its preset that it will run together with: there is one order for
+        all of them.
+        ``prompt`` is what its decoder is shown to say how many branches it needs.
+
+        Raises:
+            ConfigError: a field that nobody honours, a wish that this session cannot meet, an order that
+                contradicts itself or that of other requests, or parameters that a plugin refuses.
+            CapacityError: more branches than the engine was built for.
+            PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
+        """
+        decoder = self._decoder(sampling)
+        sampler = self._sampler(sampling, decoder)
+        own = decoder.consumes if sampler is None else decoder.consumes | sampler.consumes
+        named = {use.name for use in sampling.logits_processors}
+        wanted = getattr(decoder.plugin, "processors", ())
+        uses = (*(PluginUse(name=name) for name in wanted if name not in named), *sampling.logits_processors)
+        chosen = self._chosen("logits_processor", sampling, uses, processors, LogitsProcessor, own)
+        stops = self._chosen("stopping_criterion", sampling, sampling.stopping_criteria, criteria, StoppingCriterion)
+        taker = sampler or decoder
+        consumers = _consumers(sampling, [*chosen, *({decoder.name: decoder, taker.name: taker}.values()), *stops])
+        self._check_honoured(sampling, consumers)
+        log_probs = sampling.output_log_probs or sampling.output_cum_log_probs or sampling.num_logprobs > 0
+        looks = any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
+        idle = _idle(sampling, taker, sampling.decoder is None or sampler is not None, chosen, log_probs, looks)
+        chosen = [item for item in chosen if item.key not in idle]
+        notes = tuple(idle.values())
+        for item in (decoder, *chosen, *stops):
+            offers = self.offers | {"logits"} if isinstance(item.plugin, DeviceStoppingCriterion) else self.offers
+            missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
+            missing |= {name for base, name in UNUSED if overrides(item.plugin, base, name)}
+            if missing:
+                raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
+        chosen = ordered(chosen, sampling.preset)
+        _check_beside(chosen, beside, sampling.preset)
+        asked = sampling.model_dump(mode="json", include=set(sampling.asked()), fallback=_kind)
+        branching = branching_of(decoder, sampling, prompt, self.build)
+        positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers, self._rewindable)
+        return Plan(
+            decoder,
+            tuple(chosen),
+            tuple(stops),
+            consumers,
+            (*notes, *why),
+            log_probs,
+            asked,
+            branching,
+            sampler,
+            positions,
+        )
+
+    def _sampler(self, sampling: SamplingConfig, decoder: PlanItem) -> PlanItem | None:
+        """The sampler that a decoder which is none itself asks for: an object of its own, with a state of its own."""
+        capabilities: DecoderCapabilities = decoder.plugin.capabilities  # type: ignore[attr-defined]
+        needs = capabilities.needs & {"sampler", "distribution"}
+        if not needs:
+            return None
+        use = PluginUse(name="greedy" if _greedy(sampling) else PRESETS[sampling.preset].sampler)
+        item = self._item("sampler", self.plugins.decoders, use, (Sampler,))
+        if "distribution" in needs and not overrides(item.plugin, Sampler, "distribution"):
+            raise ConfigError(f"decoder {decoder.name!r} needs probabilities, which sampler {item.name!r} cannot tell")
+        return item
+
+    def _decoder(self, sampling: SamplingConfig) -> PlanItem:
+        use = sampling.decoder
+        if use is None:
+            greedy = _greedy(sampling)
+            name = "greedy" if greedy else PRESETS[sampling.preset].sampler
+            if sampling.num_beams > 1 or sampling.beam_width_array:
+                hf = "hf_beam_search" if greedy else "hf_beam_sample"
+                name = hf if sampling.preset == "hf" else "beam_search"
+            use = PluginUse(name=name)
+        return self._item("decoder", self.plugins.decoders, use, (Sampler, Decoder))
+
+    def _chosen(
+        self,
+        kind: str,
+        sampling: SamplingConfig,
+        uses: Sequence[PluginUse],
+        objects: Sequence[Any],
+        base: type,
+        honoured: frozenset[str] = frozenset(),
+    ) -> list[PlanItem]:
+        """What the fields bring by themselves (those that are ``honoured`` do not), ``uses`` and ``objects``."""
+        registry: Registry[Any] = getattr(
+            self.plugins, {"logits_processor": "logits_processors"}.get(kind, "stopping_criteria")
+        )
+        named = {use.name for use in uses}
+        automatic = [
+            PluginUse(name=entry.name)
+            for entry in registry
+            if entry.name not in named
+            and any(entry.needed(field, getattr(sampling, field)) for field in entry.consumes.keys() - honoured)
+        ]
+        items = [self._item(kind, registry, use, (base,)) for use in (*automatic, *uses)]
+        for number, thing in enumerate(objects):
+            check_kind(type(thing).__name__, thing, (base,), kind)
+            rank = len(list(registry)) + number
+            items.append(PlanItem(type(thing).__name__, thing, "passed to generate", id(thing), rank, passed=True))
+        keys = [item.key for item in items]
+        for item in items:
+            if keys.count(item.key) > 1:
+                raise ConfigError(f"{kind.replace('_', ' ')} {item.name!r} is there twice in one request; use it once")
+        return items
+
+    def _item(self, kind: str, registry: Registry[Any], use: PluginUse, bases: tuple[type, ...]) -> PlanItem:
+        entry = registry.get(use.name, self.plugins.missing_hint(kind, use.name))
+        key = (kind, entry.name)
+        if key not in self._objects:
+            self._objects[key] = made(entry, bases, kind)
+        plugin = self._objects[key]
+        rank = [other.name for other in registry].index(entry.name)
+        return PlanItem(
+            entry.name, plugin, str(entry.source), key, rank, frozenset(entry.consumes), parameters(plugin, use)
+        )
+
+    def _check_honoured(self, sampling: SamplingConfig, consumers: Mapping[str, tuple[str, ...]]) -> None:
+        """Nothing is dropped silently: every field that was set needs somebody who honours it."""
+        registries = (self.plugins.decoders, self.plugins.logits_processors, self.plugins.stopping_criteria)
+        ignored = []
+        for name in sorted(sampling.asked() - consumers.keys()):
+            value = getattr(sampling, name)
+            able = [entry for registry in registries for entry in registry if name in entry.consumes]
+            if any(not entry.needed(name, value) for entry in able if entry.consumes[name] is not None):
+                continue  # set to the value that turns its plugin off
+            who = f"plugin {listing(entry.name for entry in able)} would" if able else "no installed plugin does"
+            ignored.append(f"{name}={value!r} ({who})")
+        if ignored:
+            raise ConfigError(f"nothing in this request's plan honours {'; '.join(ignored)}")
+
+
+def _kind(thing: object) -> str:
+    """What stands for an object, such as a draft engine, among a request's wishes."""
+    return type(thing).__name__
+
+
+def _greedy(sampling: SamplingConfig) -> bool:
+    """Whether its fields, unless a decoder is named, ask for the likeliest tokens and not for drawn ones."""
+    return sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
+
+
+def _idle(
+    sampling: SamplingConfig,
+    taker: PlanItem,
+    by_fields: bool,
+    chosen: Iterable[PlanItem],
+    log_probs: bool,
+    looks: bool,
+) -> dict[object, str]:
+    """Processors that are left out where nothing is drawn: key to what is said about it.
+
+    ``taker`` takes the tokens, ``by_fields``: because the request's fields say so. ``looks``: a criterion sees the
+    logits that were chosen from.
+    """
+    idle: dict[object, str] = {}
+    greedy = taker.plugin.capabilities.greedy  # type: ignore[attr-defined]
+    draws = not (greedy or (by_fields and _greedy(sampling)))
+    preset, named = PRESETS[sampling.preset], {use.name for use in sampling.logits_processors}
+    for item in chosen:
+        phase, capabilities = item.plugin.phase, item.plugin.capabilities  # type: ignore[attr-defined]
+        seen = looks or (log_probs and phase not in preset.unscored)
+        if greedy and capabilities.argmax_invariant and not seen:
+            idle[item.key] = f"{item.name}: left out, it cannot change which logit is largest"
+        elif not draws and phase in preset.only_drawn and not item.passed and item.name not in named:
+            idle[item.key] = f"{item.name}: left out, in preset {sampling.preset} it shapes drawn choices only"
+    return idle
+
+
+def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem], preset: str) -> None:
+    keys = {item.key for item in chosen}
+    others = {item.key: item for item in beside if item.key not in keys}
+    try:
+        ordered([*others.values(), *chosen], preset)
+    except ConfigError as error:
+        raise ConfigError(f"this request cannot run together with others of its session: {error}") from error
+
+
+def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str, tuple[str, ...]]:
+    """Who honours each field that was set or that a plugin of the plan reads."""
+    consumers: dict[str, tuple[str, ...]] = dict.fromkeys(sampling.asked() & CORE_FIELDS, ("core",))
+    for item in items:
+        if isinstance(item.plugin, Sampler):
+            consumers |= dict.fromkeys(sampling.asked() & SAMPLER_FIELDS, ("core",))
+        for name in item.consumes:
+            consumers[name] = (*consumers.get(name, ()), item.name)
+    return consumers
