@@ -28,6 +28,7 @@ PAGES = (
     "README.md",
     "docs/lifecycle.md",
     "docs/kv-cache.md",
+    "docs/cuda.md",
     "docs/numbers.md",
     "docs/sampling.md",
     "docs/stopping.md",

@@ -18,6 +18,8 @@ from trtllm_core.errors import EngineError, TrtllmCoreError
 from trtllm_core.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from trtllm_core.config import EngineConfig
     from trtllm_core.plugin import Plugins
 
@@ -70,10 +72,20 @@ def check_environment() -> Iterator[Check]:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield Check("ok", f"cuda:{index}", f"{name}, {size(free)} of {size(total)} free, CUDA {torch.version.cuda}")
+            yield _check_graphs(torch.device("cuda", index))
     else:
         yield Check("ok", "cuda", "no GPU; engines run on the CPU")
     memory = memory_available()
     yield Check("ok", "memory", "unknown" if memory is None else f"{size(memory)} available")
+
+
+def _check_graphs(device: torch.device) -> Check:
+    from trtllm_core.backends.torch.cuda.support import unsupported
+
+    why = unsupported(device)
+    if why is None:
+        return Check("ok", f"graphs on {device}", "decode steps of the torch backend are captured")
+    return Check("warning", f"graphs on {device}", f"decode steps run without CUDA graphs, slowly: {why}")
 
 
 def check_plugins(plugins: Plugins) -> Iterator[Check]:

@@ -14,6 +14,7 @@ from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import DTYPES, Kernels
 from trtllm_core.backends.torch.cpu.layers import accelerate
+from trtllm_core.backends.torch.cuda.support import unsupported
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
 from trtllm_core.backends.torch.lora import LoraBank
@@ -82,11 +83,13 @@ class TorchBackend(Backend):
         parallel: TensorParallel | None = None,
         batch_invariant: bool = False,
         native: bool | None = None,
+        cuda_graphs: bool | None = None,
         **unknown: Any,
     ) -> TorchExecutable:
         """See ``Backend``. Weights on the CPU stay a view of the mapped file, or are packed for it.
 
         ``native``: whether a CPU uses kernels compiled for it beside PyTorch's; None: where they can be.
+        ``cuda_graphs``: whether decode steps are captured; None: where they can be.
 
         Raises:
             ConfigError: an unknown option, or ``parallel`` is not the rank that the file was built for.
@@ -98,7 +101,9 @@ class TorchBackend(Backend):
         device = check_device(torch.device(device), config, batch_invariant)
         parallel = _check_rank(source, config, parallel)
         weights = Weights(source, device)
-        return self.assemble(weights.tensors, config, family, device, parallel, batch_invariant, native, weights.evict)
+        return self.assemble(
+            weights.tensors, config, family, device, parallel, batch_invariant, native, weights.evict, cuda_graphs
+        )
 
     def assemble(
         self,
@@ -110,6 +115,7 @@ class TorchBackend(Backend):
         batch_invariant: bool = False,
         native: bool | None = None,
         evict: Callable[[torch.Tensor], None] = lambda weight: None,
+        cuda_graphs: bool | None = None,
     ) -> TorchExecutable:
         """An executable over weights that are on ``device`` already: one tensor for each parameter of the module.
 
@@ -117,14 +123,17 @@ class TorchBackend(Backend):
             tensors: kept as they are, or packed for the CPU.
             native: see ``load``.
             evict: told of weights that were packed; see ``Weights.evict``.
+            cuda_graphs: see ``load``.
 
         Raises:
             EngineCorruptError: the tensors are not what the config says.
         """
+        graphs = _check_graphs(cuda_graphs, device, parallel)
         module = meta_module(config, family, parallel)
         fill(module, config, tensors, device)
         dtype = getattr(torch, config.model.dtype)
-        choose_kernels(module, device, dtype, batch_invariant, evict)
+        plain = parallel.size == 1 and not config.lora_layers
+        switch = choose_kernels(module, device, dtype, batch_invariant, evict, plain and graphs)
         kernels = _native_kernels(native, device, dtype, batch_invariant)
         if kernels is not None:
             accelerate(module, kernels)
@@ -133,7 +142,9 @@ class TorchBackend(Backend):
             product = plain_product(device, dtype, batch_invariant)
             sizes = lora_sizes(family, config, parallel)
             lora = LoraBank(module, sizes, config.build, dtype, device, product, batch_invariant)
-        return TorchExecutable(config, module, device, batch_invariant, parallel, lora, kernels)
+        return TorchExecutable(
+            config, module, device, batch_invariant, parallel, lora, kernels, cuda_graphs=graphs, switch=switch
+        )
 
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
         """See ``Backend``."""
@@ -169,6 +180,14 @@ def _native_kernels(asked: bool | None, device: torch.device, dtype: torch.dtype
             raise EngineUnsupportedError(f"native kernels were asked for, but cannot be had: {error}") from error
         _log.info("PyTorch's kernels alone are used: %s", error)
         return None
+
+
+def _check_graphs(asked: bool | None, device: torch.device, parallel: TensorParallel) -> bool:
+    """Whether decode steps are captured as CUDA graphs."""
+    why = unsupported(device) or ("an engine of several ranks runs without" if parallel.size > 1 else None)
+    if asked and why:
+        raise EngineUnsupportedError(f"cuda_graphs was asked for, but there are none here: {why}")
+    return why is None and asked is not False
 
 
 def _check_rank(

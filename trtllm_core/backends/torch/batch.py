@@ -17,6 +17,26 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
+def is_decode(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a call is a step of one token a row, described on the host: what a graph can run."""
+    lengths = inputs["query_lengths"]
+    if lengths.is_cuda or inputs["past_lengths"].is_cuda or inputs["position_ids"].is_cuda:
+        return False
+    if inputs["block_tables"].is_cuda or lengths.shape[0] != inputs["input_ids"].shape[0] or not lengths.shape[0]:
+        return False
+    lora = inputs.get("lora_ids")
+    if inputs.get("virtual_tokens") is not None or (lora is not None and bool((host(lora) >= 0).any())):
+        return False
+    return bool((host(lengths) == 1).all())
+
+
+def is_all(asked: torch.Tensor, tokens: int) -> bool:
+    """Whether every token is asked for, in order: the common case of a decode step, which needs no gathering."""
+    if asked.shape[0] != tokens or asked.device.type != "cpu":
+        return False
+    return bool((host(asked) == np.arange(tokens)).all())
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence of a call."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from trtllm_core.backends.torch.attention import PagedContext
-from trtllm_core.backends.torch.batch import PackedBatch, host
+from trtllm_core.backends.torch.batch import PackedBatch, host, is_all, is_decode
 from trtllm_core.backends.torch.cpu.attention import DecodeAttention
 from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.plain import PlainContext
@@ -24,6 +25,9 @@ from trtllm_core.nn import Attention, VocabParallelEmbedding
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
+
+if TYPE_CHECKING:
+    from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
 
 T = TypeVar("T")
 
@@ -78,6 +82,8 @@ class TorchExecutable(Executable):
         parallel: TensorParallel | None = None,
         lora: LoraBank | None = None,
         native: Kernels | None = None,
+        cuda_graphs: bool = False,
+        switch: Switch | None = None,
     ) -> None:
         self.config = config
         self.module: Any = module
@@ -87,6 +93,7 @@ class TorchExecutable(Executable):
             contract="packed_paged",
             dtypes=("float32", "bfloat16", "float16"),
             multi_position=True,
+            cuda_graphs=cuda_graphs,
             batch_invariant=batch_invariant,
             kv=_offered(module, batch_invariant or (parallel is not None and parallel.size > 1)),
             attention_window=_attention_window(module),
@@ -103,13 +110,15 @@ class TorchExecutable(Executable):
         self._context: Callable[[PackedBatch, KVPool, torch.Tensor], PagedContext] = PagedContext
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
+        self._graphs: ForwardGraphs | None = None
+        self._switch = switch or Switch()
         self._parallel = parallel or TensorParallel()
 
     def allocate_kv(self, plan: KVPlan) -> int:
         """See ``Executable``."""
         if plan.scores and plan.window is not None:
             raise BackendError("the torch backend keeps no attention scores of cyclic caches: their entries change")
-        self._pool = None  # so that the old pool is gone before the new one is there
+        self._pool = self._graphs = None  # so that the old pool is gone before the new one is there
         self._pool = KVPool(plan, getattr(torch, plan.model.dtype), self.device)
         if self.capabilities.batch_invariant:
             self._context = InvariantContext
@@ -117,6 +126,11 @@ class TorchExecutable(Executable):
             self._context = PlainContext
         else:
             self._context = PagedContext if self._native is None else self._native.context
+        if self.capabilities.cuda_graphs and self._context is PagedContext and plan.window is None:
+            from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
+
+            most = self.config.build.max_branches
+            self._graphs = ForwardGraphs(self.module, self._pool, most, self.device, self._switch)
         return self._pool.bytes
 
     def edit_kv(self, edits: Edits) -> None:
@@ -141,8 +155,15 @@ class TorchExecutable(Executable):
 
     @torch.inference_mode()
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
-        """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors."""
+        """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors.
+
+        With ``capabilities.cuda_graphs``, a step of one token a row replays a captured graph, unless it has adapters,
+        a prompt table, or a cache that is a ring or keeps scores.
+        """
         pool = self._require_pool()
+        if self._graphs is not None and is_decode(inputs):
+            self._replay(self._graphs, inputs, outputs["logits"])
+            return
         batch = PackedBatch(inputs, pool.plan, self.device)
         positions = inputs["position_ids"].to(self.device, non_blocking=True)
         context = self._context(batch, pool, positions)
@@ -155,10 +176,18 @@ class TorchExecutable(Executable):
         if isinstance(context, PlainContext):
             self._scores = context.scores
         asked = inputs["logits_indices"]
-        if not _is_all(asked, hidden.shape[0]):
+        if not is_all(asked, hidden.shape[0]):
             hidden = hidden[asked.to(self.device, non_blocking=True)]
         if asked.shape[0]:
             outputs["logits"].copy_(self.module.logits(hidden))
+
+    def _replay(self, graphs: ForwardGraphs, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> None:
+        if self._lora is not None:
+            self._lora.begin(None, host(inputs["query_lengths"]))
+        self._virtual = None
+        asked = inputs["logits_indices"]
+        everything = is_all(asked, inputs["input_ids"].shape[0])
+        graphs.run(inputs, logits, None if everything else asked.to(self.device, non_blocking=True))
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
@@ -184,13 +213,6 @@ class TorchExecutable(Executable):
         if self._pool is None:
             raise BackendError("the engine has no KV cache yet: call allocate_kv (GenerationSession.setup) first")
         return self._pool
-
-
-def _is_all(asked: torch.Tensor, tokens: int) -> bool:
-    """Whether every token is asked for, in order: the common case of a decode step, which needs no gathering."""
-    if asked.shape[0] != tokens or asked.device.type != "cpu":
-        return False
-    return bool((host(asked) == np.arange(tokens)).all())
 
 
 def _attentions(module: nn.Module) -> list[Attention]:

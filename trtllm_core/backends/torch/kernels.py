@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtllm_core.backends.torch.cuda.support import unsupported
+from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.packing import can_pack, packed_linear
 from trtllm_core.nn import MLP, GatedMLP, Linear, RMSNorm
 from trtllm_core.nn.linear import MatMul
@@ -31,15 +33,28 @@ def choose_kernels(
     dtype: torch.dtype,
     batch_invariant: bool,
     evict: Callable[[torch.Tensor], None] = lambda weight: None,
-) -> None:
+    plain: bool = False,
+) -> Switch | None:
     """Give every layer of the module the kernel that suits the machine. Called once the weights are in place.
 
-    ``evict`` is told of weights that were copied into another layout: see ``Weights.evict``.
+    Returns what turns on the kernels that only captured graphs use; None: there are none.
+
+    Args:
+        module: of a family.
+        device, dtype: of its weights.
+        batch_invariant: whether a row's result may depend on others.
+        evict: is told of weights that were copied into another layout: see ``Weights.evict``.
+        plain: whether products are what the layers say and nothing else: one rank, no adapters.
     """
+    switch = None
+    if dtype != torch.float32 and unsupported(device) is None:
+        from trtllm_core.backends.torch.cuda.layers import accelerate
+
+        switch = accelerate(module, dtype, plain)
     kernel = plain_product(device, dtype, batch_invariant)
     pack = kernel is functional.linear and can_pack(device, dtype)
     for layer in module.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) and device.type != "cuda":
             layer.matmul = packed_linear(layer.weight, evict) if pack else kernel
         elif batch_invariant and isinstance(layer, (MLP, GatedMLP)):
             layer.activation = invariant_rows(layer.activation)
@@ -48,6 +63,7 @@ def choose_kernels(
         # nn.Module finds parameters and submodules in Python's slow path; in the instance's own dict they are found at
         # once. The weights move no more.
         layer.__dict__.update(layer._parameters | layer._modules)
+    return switch
 
 
 def plain_product(device: torch.device, dtype: torch.dtype, batch_invariant: bool) -> MatMul:

@@ -32,10 +32,10 @@ class BloomAttention(Layer):
         self.output = RowLinear(heads * size, config.hidden_size, parallel, bias=True)
         self.attention = Attention(index, self.qkv.num_heads, self.qkv.num_kv_heads, size, alibi=alibi)
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """``x [..., hidden_size] ->`` same shape."""
+    def forward(self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape, plus ``residual``: see ``RowLinear``."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.qkv.head_size))
-        return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
+        return self.output(self.attention(qkv, context), residual)  # type: ignore[no-any-return]
 
 
 class BloomLayer(Layer):
@@ -54,9 +54,9 @@ class BloomLayer(Layer):
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
         normal = self.attention_norm(x)
-        x = (normal if self.normalised_residual else x) + self.attention(normal, context)
+        x = self.attention(normal, context, normal if self.normalised_residual else x)
         normal = self.mlp_norm(x)
-        return (normal if self.normalised_residual else x) + self.mlp(normal)  # type: ignore[no-any-return]
+        return self.mlp(normal, normal if self.normalised_residual else x)  # type: ignore[no-any-return]
 
 
 class BloomModule(Layer):

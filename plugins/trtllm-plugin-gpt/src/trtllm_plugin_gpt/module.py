@@ -41,10 +41,10 @@ class GPTAttention(Layer):
         scale = (size**-0.5 if extras.scaled_scores else 1.0) / (index + 1 if extras.scaled_by_layer else 1)
         self.attention = Attention(index, self.qkv.num_heads, self.qkv.num_kv_heads, size, scale=scale, rotary=rotary)
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """``x [..., hidden_size] ->`` same shape."""
+    def forward(self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape, plus ``residual``: see ``RowLinear``."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.qkv.head_size))
-        return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
+        return self.output(self.attention(qkv, context), residual)  # type: ignore[no-any-return]
 
 
 class GPTLayer(Layer):
@@ -67,11 +67,13 @@ class GPTLayer(Layer):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
-        normal = self.attention_norm(x)
-        attended = x + self.attention(normal, context)
-        if self.mlp_norm is not None:
-            normal = self.mlp_norm(attended if self.serial else x)
-        return attended + self.mlp(normal)  # type: ignore[no-any-return]
+        normal = beside = self.attention_norm(x)
+        if self.mlp_norm is not None and not self.serial:
+            beside = self.mlp_norm(x)  # before the residual is given away
+        x = self.attention(normal, context, x)
+        if self.mlp_norm is not None and self.serial:
+            beside = self.mlp_norm(x)
+        return self.mlp(beside, x)  # type: ignore[no-any-return]
 
 
 class GPTModule(Layer):

@@ -45,13 +45,13 @@ class LlamaAttention(Layer):
         self.q_norm = RMSNorm(config.head_size, extras.norm_eps) if extras.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, extras.norm_eps) if extras.qk_norm else None
 
-    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """``x [..., hidden_size] ->`` same shape."""
+    def forward(self, x: torch.Tensor, context: AttentionContext, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [..., hidden_size] ->`` same shape, plus ``residual``: see ``RowLinear``."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.qkv.head_size))
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((self.qkv.num_heads, self.qkv.num_kv_heads, self.qkv.num_kv_heads), dim=-2)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-2)
-        return self.output(self.attention(qkv, context))  # type: ignore[no-any-return]
+        return self.output(self.attention(qkv, context), residual)  # type: ignore[no-any-return]
 
 
 class LlamaLayer(Layer):
@@ -68,8 +68,8 @@ class LlamaLayer(Layer):
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """``x [..., hidden_size] ->`` same shape."""
-        x = x + self.attention(self.attention_norm(x), context)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        x = self.attention(self.attention_norm(x), context, x)
+        return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
 
 
 class LlamaModule(Layer):

@@ -1,0 +1,175 @@
+"""Decode steps as captured graphs: what runs as one, and that it gives what the eager road gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_core.backends.torch.batch import is_decode
+from trtllm_core.backends.torch.executable import TorchExecutable
+from trtllm_core.errors import EngineUnsupportedError
+from trtllm_core.plugin.kv_policy import KVModel, KVPlan
+from trtllm_core.session import Session
+
+pytest.importorskip("triton")
+
+from trtllm_core.backends.torch.cuda import tuning
+from trtllm_core.backends.torch.cuda.graphs import buckets
+from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS
+from trtllm_core.backends.torch.cuda.product import Product
+from trtllm_core.backends.torch.cuda.tuning import Tunings
+
+BLOCK, WIDTH = 16, 10
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "window": {"architectures": ["MistralForCausalLM"], "sliding_window": 12},
+}
+
+
+def step(past: list[int], device: str = "cpu", **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of a decode step, with random tokens; row i has the blocks from ``10 i`` on."""
+    rows = len(past)
+    return {
+        "input_ids": torch.randint(0, 60, (rows,)).to(device),
+        "position_ids": torch.tensor(past),
+        "query_lengths": torch.ones(rows, dtype=torch.int32),
+        "past_lengths": torch.tensor(past, dtype=torch.int32),
+        "block_tables": torch.arange(rows * WIDTH, dtype=torch.int32).view(rows, WIDTH),
+        "logits_indices": torch.arange(rows),
+        **more,
+    }
+
+
+def test_buckets() -> None:
+    assert buckets(1) == [1]
+    assert buckets(8) == [1, 2, 4, 8]
+    assert buckets(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
+
+
+def test_what_a_graph_runs() -> None:
+    assert is_decode(step([3, 4]))
+    assert not is_decode(step([3, 4], query_lengths=torch.tensor([2, 0], dtype=torch.int32)))
+    assert not is_decode(step([3], query_lengths=torch.tensor([2], dtype=torch.int32), input_ids=torch.zeros(2)))
+    assert not is_decode(step([3, 4], lora_ids=torch.tensor([-1, 0], dtype=torch.int32)))
+    assert is_decode(step([3, 4], lora_ids=torch.tensor([-1, -1], dtype=torch.int32)))
+    assert not is_decode(step([3], virtual_tokens=torch.tensor([0])))
+
+
+def test_graphs_are_refused_where_there_are_none(load: Callable[..., Session]) -> None:
+    with pytest.raises(EngineUnsupportedError, match="cuda_graphs was asked for, but there are none here: the device"):
+        load({"cuda_graphs": True})
+    assert not load({"cuda_graphs": False}).engine.capabilities.cuda_graphs
+    assert not load().engine.capabilities.cuda_graphs
+
+
+def test_choices_of_kernels_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measured(product: Product, weights: list[torch.Tensor], bias: torch.Tensor | None) -> list[int] | None:
+        calls.append(product)
+        return None if product.gated else [2, 1024, 4]
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    monkeypatch.setattr(tuning, "_key", lambda product, weight, biased: f"{product} {tuple(weight.shape)} {biased}")
+    large, path = torch.empty(1024, 1024), tmp_path / "deep" / "kernels.json"
+    first = Tunings(path)
+    assert first.choose(Product(), [torch.empty(8, 8)], None) == TILINGS[0], "too small to be measured"
+    assert first.choose(Product(), [large], None) == (2, 1024, 4)
+    assert first.choose(Product(gated=True, activation="silu"), [large], None) is None
+    first.choose(Product(), [large], None)
+    assert len(calls) == 2
+    first.save()
+    second = Tunings(path)
+    assert second.choose(Product(), [large], None) == (2, 1024, 4)
+    assert second.choose(Product(gated=True, activation="silu"), [large], None) is None
+    assert len(calls) == 2
+    path.write_text("{")
+    Tunings(path).choose(Product(), [large], None)
+    assert len(calls) == 3
+    assert len(json.loads(json.dumps(first._known))) == 2
+
+
+def pair(load: Callable[..., Session], dtype: str, **changes: Any) -> list[TorchExecutable]:
+    """The same engine with graphs and without, their caches filled with the same numbers."""
+    made = []
+    for graphs in (True, False):
+        engine = load({"device": "cuda", "cuda_graphs": graphs}, block=BLOCK, torch_dtype=dtype, **changes).engine
+        assert isinstance(engine, TorchExecutable)
+        assert engine.capabilities.cuda_graphs == graphs
+        allocate(engine)
+        made.append(engine)
+    return made
+
+
+def allocate(engine: TorchExecutable) -> None:
+    model = engine.config.model
+    engine.allocate_kv(
+        KVPlan(8 * WIDTH, BLOCK, WIDTH, KVModel(model.num_layers, model.num_kv_heads, model.head_size, model.dtype, 0))
+    )
+    generator = torch.Generator("cuda").manual_seed(0)
+    engine._pool.storage.normal_(generator=generator)  # type: ignore[union-attr]
+
+
+def run(engine: TorchExecutable, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = torch.full((len(inputs["logits_indices"]), engine.config.vocab_size_padded), torch.nan, device="cuda")
+    engine.execute(inputs, {"logits": out}, 0)
+    return out
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 4e-2)])
+def test_a_graph_gives_what_the_eager_road_gives(
+    load: Callable[..., Session], name: str, dtype: str, tolerance: float
+) -> None:
+    ours, plain = pair(load, dtype, **MODELS[name])
+    for past in ([5], [0], [17, 3, 100], [15, 16, 31, 32, 158], [1] * 8, [9, 9]):
+        inputs = step(past)
+        a, b = run(ours, inputs), run(plain, inputs)
+        assert (a - b).norm() / b.norm() < tolerance
+        torch.testing.assert_close(
+            ours._pool.storage,
+            plain._pool.storage,
+            rtol=tolerance,
+            atol=tolerance,  # type: ignore[union-attr]
+        )
+    assert ours._graphs is not None
+    assert ours._graphs.captured == 4  # for 1, 2, 4 and 8 rows
+    inputs = step([4, 5, 6], logits_indices=torch.tensor([2, 0]))
+    some, there = run(ours, inputs), run(ours, inputs | {"input_ids": inputs["input_ids"].cuda()})
+    assert torch.equal(some, there)
+    assert (some - run(plain, inputs)).norm() / some.norm() < tolerance
+
+
+@pytest.mark.cuda
+def test_in_steady_state_nothing_is_allocated_and_nobody_waits(load: Callable[..., Session]) -> None:
+    ours, _ = pair(load, "bfloat16")
+    inputs = step([17, 3, 100])
+    outputs = {"logits": torch.empty(3, ours.config.vocab_size_padded, device="cuda")}
+    ours.execute(inputs, outputs, 0)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(9):
+            ours.execute(inputs, outputs, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.cuda
+def test_another_pool_gets_other_graphs(load: Callable[..., Session]) -> None:
+    ours, plain = pair(load, "float32")
+    inputs = step([17, 3])
+    run(ours, inputs)
+    allocate(ours)
+    assert ours._graphs is not None
+    assert ours._graphs.captured == 0
+    allocate(plain)
+    assert (run(ours, inputs) - run(plain, inputs)).abs().max() < 1e-3
+    assert ours._graphs.captured == 1

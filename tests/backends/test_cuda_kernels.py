@@ -1,0 +1,197 @@
+"""The Triton kernels against PyTorch in float64, on fresh random numbers: interpreted on the CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("triton")
+
+from trtllm_core.backends.torch.attention import PagedContext
+from trtllm_core.backends.torch.batch import PackedBatch
+from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
+from trtllm_core.backends.torch.cuda.kernels import attention
+from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, activated
+from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention, splits_for
+from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling, gemv
+from trtllm_core.backends.torch.cuda.kernels.norm import norm
+from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
+from trtllm_core.nn.mlp import gelu_tanh, relu_squared
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin.kv_policy import KVModel, KVPlan
+
+CPU = torch.device("cpu")
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "groups": {"heads": 8, "kv_heads": 2},
+    "one key head": {"heads": 6, "kv_heads": 1, "rotary": 32},
+    "rotary": {"rotary": 32},
+    "rotary, in part": {"rotary": 8},
+    "alibi": {"alibi": True},
+    "softcap": {"softcap": 3.0, "rotary": 32},
+    "window": {"sliding_window": 11, "rotary": 32},
+    "all": {"alibi": True, "sliding_window": 20, "softcap": 4.0, "scale": 0.3, "rotary": 16},
+    "size 80": {"size": 80, "rotary": 80},
+    "size 8": {"size": 8, "rotary": 8},
+}
+PAST = [5, 0, 130, 64, 63, 7]
+
+
+def layer(
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: int = 4,
+    kv_heads: int = 2,
+    size: int = 32,
+    rotary: int | None = None,
+    alibi: bool = False,
+    **options: Any,
+) -> Attention:
+    turn = None if rotary is None else RotaryEmbedding(rotary, 10000.0, 200)
+    bias = Alibi(heads, TensorParallel()) if alibi else None
+    if turn:
+        turn.prepare(200, device, dtype)
+    if bias:
+        bias.prepare(device)
+    return Attention(0, heads, kv_heads, size, rotary=turn, alibi=bias, **options)
+
+
+def attended(
+    options: dict[str, Any], device: torch.device, dtype: torch.dtype, block: int, bucket: int, past: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ours and the float64 twin: outputs, and the pool after it."""
+    ours, twin = layer(dtype, device, **options), layer(torch.float64, CPU, **options)
+    count, width = len(past), 160 // block + 1
+    model = KVModel(1, ours.num_kv_heads, ours.head_size, "float32", 0)
+    plan = KVPlan(count * width, block, width, model)
+    pools = KVPool(plan, dtype, device), KVPool(plan, torch.float64, CPU)
+    pools[0].storage.normal_()
+    pools[1].storage.copy_(pools[0].storage)
+    tables = torch.randperm(count * width).int().view(count, width)
+    qkv = torch.randn(bucket, ours.num_heads + 2 * ours.num_kv_heads, ours.head_size).to(dtype)
+    inputs = DecodeInputs(bucket, width, device)
+    numbers = torch.tensor(past)
+    inputs.clear(bucket)
+    inputs.send(bucket, numbers.numpy(), numbers.numpy(), numbers.numpy(), tables.numpy(), block)
+    given = qkv.to(device)
+    out = decode_attention(ours, given, pools[0].layers[0], inputs.rows(bucket), block)
+    assert torch.equal(given.cpu(), qkv), "its input stays as it is"
+    batch = PackedBatch(
+        {
+            "query_lengths": torch.ones(count, dtype=torch.int32),
+            "past_lengths": numbers.int(),
+            "block_tables": tables,
+        },
+        plan,
+        CPU,
+    )
+    expected = PagedContext(batch, pools[1], numbers).attend(twin, qkv[:count].double())
+    return out.cpu().double(), expected, pools[0].storage.cpu().double(), pools[1].storage
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_attention(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other lengths, in blocks in disorder; two rows of the bucket are none."""
+    monkeypatch.setattr(attention, "PROGRAMS", 24)
+    for block in (8, 64):
+        out, expected, pool, pool_expected = attended(LAYERS[name], torch.device(device), torch.float32, block, 8, PAST)
+        torch.testing.assert_close(out[: len(PAST)], expected, rtol=1e-4, atol=1e-4)
+        assert not out[len(PAST) :].any()
+        torch.testing.assert_close(pool, pool_expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_without_splits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert splits_for(1, 8) == 32
+    assert splits_for(300, 8) == 1
+    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    where = torch.device(device)
+    out, expected, *_ = attended({"rotary": 32}, where, torch.float32, 16, len(PAST), PAST)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_attention_in_half_precision(dtype: torch.dtype, size: int) -> None:
+    options = {"heads": 8, "kv_heads": 2, "size": size, "rotary": size}
+    out, expected, *_ = attended(options, torch.device("cuda"), dtype, 64, 8, PAST)
+    assert ((out[: len(PAST)] - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_the_inputs_of_a_step_are_laid_out_by_bucket() -> None:
+    inputs = DecodeInputs(8, 5, CPU)
+    tables = torch.arange(15).view(3, 5).int().numpy()
+    ids, past = torch.tensor([7, 8, 9]), torch.tensor([3, 20, 0])
+    inputs.send(4, ids.numpy(), past.numpy() + 1, past.numpy(), tables, 8)
+    rows = inputs.rows(4)
+    assert inputs.ids(4).tolist() == [7, 8, 9, 0]
+    assert rows.positions.tolist() == [4, 21, 1, 0]
+    assert rows.past.tolist() == [3, 20, 0, -1]
+    assert rows.width.item() == 3  # what the longest row needs
+    assert rows.tables[:9].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+    inputs.send(4, ids + 1, past.numpy(), past.numpy(), tables, 8)
+    assert inputs.ids(4).tolist() == [8, 9, 10, 0], "ids may be a tensor already"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [48, 64, 1000])
+def test_norms(size: int, device: str) -> None:
+    x, weight, bias = torch.randn(5, 3, size, device=device), *torch.randn(2, size, device=device)
+    wide = x.double()
+    rms = functional.rms_norm(wide, (size,), weight.double(), 1e-5)
+    torch.testing.assert_close(norm(x, weight, None, 1e-5, False).double(), rms, rtol=1e-5, atol=1e-5)
+    centred = functional.layer_norm(wide + 3, (size,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(norm(x + 3, weight, bias, 1e-5, True).double(), centred, rtol=1e-4, atol=1e-4)
+    part = torch.randn(4, 2 * size, device=device)[:, :size]
+    expected = functional.rms_norm(part.double(), (size,), weight.double(), 1e-5)
+    torch.testing.assert_close(norm(part, weight, None, 1e-5, False).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+FUNCTIONS = {
+    "none": lambda x: x,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": functional.relu,
+    "relu2": relu_squared,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_activations(name: str, device: str) -> None:
+    x = 3 * torch.randn(2, 3, 1100, device=device)
+    torch.testing.assert_close(activated(x, name, False).double(), FUNCTIONS[name](x.double()), rtol=1e-5, atol=1e-5)
+    gate, other = x.double().chunk(2, dim=-1)
+    torch.testing.assert_close(activated(x, name, True).double(), FUNCTIONS[name](gate) * other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(24, 64), (6, 100), (130, 1500)])
+def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
+    tilings = TILINGS if device == "cuda" else (Tiling(4, 64, 4), Tiling(8, 256, 4))
+    x, weight = torch.randn(1, shape[1], device=device), torch.randn(shape, device=device)
+    bias, residual = torch.randn(shape[0], device=device), torch.randn(1, shape[0], device=device)
+    plain = functional.linear(x.double(), weight.double())
+    for tiling in tilings:
+        y = gemv(x, weight, None, tiling)
+        torch.testing.assert_close(y.double(), plain, rtol=1e-4, atol=1e-4)
+        y = gemv(x, weight, bias, tiling, activation="gelu_tanh")
+        torch.testing.assert_close(y.double(), gelu_tanh(plain + bias.double()), rtol=1e-4, atol=1e-4)
+        gate, other = (plain + bias.double()).chunk(2, dim=-1)
+        y = gemv(x, weight, bias, tiling, activation="silu", gated=True)
+        torch.testing.assert_close(y.double(), functional.silu(gate) * other, rtol=1e-3, atol=1e-3)
+        given = residual.clone()
+        y = gemv(x, weight, bias, tiling, residual=given)
+        assert y is given
+        torch.testing.assert_close(y.double(), plain + bias.double() + residual.double(), rtol=1e-4, atol=1e-4)

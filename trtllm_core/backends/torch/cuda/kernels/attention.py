@@ -1,0 +1,262 @@
+"""Decode attention over the paged pool: one query a row, its cache split over programs (FlashDecoding, 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_core.backends.torch.cuda.support import launch_options, up
+from trtllm_core.nn import Attention
+
+PROGRAMS = 264
+"""Programs that a launch should have, two for each multiprocessor of an H100: caches are split until there are."""
+MOST_SPLITS = 32
+_NONE = tl.constexpr(-1e30)  # a score that counts for nothing; -inf less itself would be NaN
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows of one token each, described on the device: what a captured kernel reads when it runs."""
+
+    past: torch.Tensor
+    """int32 ``[rows]``: tokens cached before this call; -1: no row, nothing is read or written for it."""
+    positions: torch.Tensor
+    """int32 ``[rows]``: which angles turn queries and keys."""
+    tables: torch.Tensor
+    """int32 ``[rows * width]`` or longer: blocks of each row's cache."""
+    width: torch.Tensor
+    """int32 ``[1]``: blocks of a row of ``tables``."""
+
+
+def splits_for(rows: int, kv_heads: int) -> int:
+    """Parts that each cache is split into: a number that a launch of ``rows`` is captured with."""
+    parts = 1
+    while parts < MOST_SPLITS and rows * kv_heads * parts < PROGRAMS:
+        parts *= 2
+    return parts
+
+
+def decode_attention(
+    layer: Attention, qkv: torch.Tensor, cache: torch.Tensor, rows: DecodeRows, tokens_per_block: int
+) -> torch.Tensor:
+    """Rotate, write the new keys and values, and let each row's query see its cache and its own token.
+
+    Args:
+        layer: heads, scale, window, cap, rotation and biases.
+        qkv: ``[rows, heads + 2 * kv_heads, head_size]``, contiguous, not yet rotated. Stays as it is.
+        cache: of the layer, ``[entries, 2 * kv_heads, head_size]``.
+        rows: where the rows' caches are.
+        tokens_per_block: entries of a block.
+
+    Returns:
+        ``[rows, heads * head_size]``; 0 for what is no row.
+    """
+    count, size, heads, kv_heads = qkv.shape[0], layer.head_size, layer.num_heads, layer.num_kv_heads
+    splits = splits_for(count, kv_heads)
+    out = torch.empty(count, heads * size, dtype=qkv.dtype, device=qkv.device)
+    parts, sums = out, out
+    if splits > 1:
+        parts = torch.empty(count, heads, splits, size, dtype=torch.float32, device=qkv.device)
+        sums = torch.empty(count, heads, splits, dtype=torch.float32, device=qkv.device)
+    rotary = None if layer.rotary is None else layer.rotary.table
+    slopes = None if layer.alibi is None else layer.alibi.table
+    padded = max(16, up(size))
+    options = launch_options(qkv.device)
+    _attend[(count, kv_heads, splits)](
+        qkv,
+        cache,
+        rows.tables,
+        rows.width,
+        rows.past,
+        rows.positions,
+        qkv if rotary is None else rotary,
+        qkv if slopes is None else slopes,
+        parts,
+        sums,
+        layer.scale,
+        layer.softcap or 0.0,
+        layer.sliding_window or 0,
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        GROUP_PADDED=max(16, up(heads // kv_heads)),
+        SIZE=size,
+        PADDED=padded,
+        ROTARY=0 if layer.rotary is None else layer.rotary.dim,
+        BLOCK=tokens_per_block,
+        TILE=64 if padded <= 128 else 32,
+        SPLITS=splits,
+        CAPPED=layer.softcap is not None,
+        BIASED=slopes is not None,
+        WINDOWED=layer.sliding_window is not None,
+        EXACT=qkv.dtype == torch.float32,
+        num_warps=4,
+        **options,
+    )
+    if splits > 1:
+        _combine[(count * heads,)](parts, sums, out, SIZE=size, PADDED=padded, SPLITS=splits, num_warps=2, **options)
+    return out
+
+
+@triton.jit
+def _turned(x, swapped, cos, sin):
+    return x.to(tl.float32) * cos + swapped.to(tl.float32) * sin
+
+
+@triton.jit
+def _scored(dots, entry, past, scale, softcap, slope, CAPPED: tl.constexpr, BIASED: tl.constexpr):
+    """Scores in units of log2 e, as exp2 wants them."""
+    scores = dots * scale
+    if CAPPED:
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+    if BIASED:
+        scores += slope * (entry - past).to(tl.float32)
+    return scores * _LOG2E
+
+
+@triton.jit
+def _attend(
+    qkv_ptr,
+    cache_ptr,
+    tables_ptr,
+    width_ptr,
+    past_ptr,
+    positions_ptr,
+    rotary_ptr,
+    slopes_ptr,
+    parts_ptr,
+    sums_ptr,
+    scale,
+    softcap,
+    window,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One key/value head of a row, for all queries of its group; the last split has the new token too."""
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    past = tl.load(past_ptr + row)
+    width = tl.load(width_ptr)
+    element = tl.arange(0, PADDED)
+    inside = element < SIZE
+    group = tl.arange(0, GROUP_PADDED)
+    asked = (group < GROUP)[:, None] & inside[None, :]
+    dtype = qkv_ptr.dtype.element_ty
+    own = qkv_ptr + row * ((GROUP + 2) * KV_HEADS * SIZE)
+    q_at = own + (kv_head * GROUP + group)[:, None] * SIZE
+    k_at = own + (GROUP * KV_HEADS + kv_head) * SIZE
+    q = tl.load(q_at + element[None, :], mask=asked, other=0.0)
+    k_new = tl.load(k_at + element, mask=inside, other=0.0)
+    if ROTARY > 0:
+        # A head's first ROTARY elements turn by halves; the table holds cosines, then sines with their signs.
+        swapped = tl.where(element < ROTARY // 2, element + ROTARY // 2, element - ROTARY // 2)
+        turns = element < ROTARY
+        swapped = tl.where(turns, swapped, element)
+        table = rotary_ptr + tl.load(positions_ptr + row) * (2 * ROTARY) + element
+        cos = tl.load(table, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(table + ROTARY, mask=turns, other=0.0).to(tl.float32)
+        q_swapped = tl.load(q_at + swapped[None, :], mask=asked, other=0.0)
+        k_swapped = tl.load(k_at + swapped, mask=inside, other=0.0)
+        q = _turned(q, q_swapped, cos[None, :], sin[None, :]).to(dtype)
+        k_new = _turned(k_new, k_swapped, cos, sin).to(dtype)
+    slope = tl.zeros((GROUP_PADDED, 1), tl.float32)
+    if BIASED:
+        slope = tl.load(slopes_ptr + kv_head * GROUP + group, mask=group < GROUP, other=0.0)[:, None]
+    top = tl.full((GROUP_PADDED,), _NONE, tl.float32)
+    total = tl.zeros((GROUP_PADDED,), tl.float32)
+    mean = tl.zeros((GROUP_PADDED, PADDED), tl.float32)
+    if (split == SPLITS - 1) & (past >= 0):
+        v_new = tl.load(own + ((GROUP + 1) * KV_HEADS + kv_head) * SIZE + element, mask=inside, other=0.0)
+        block = tl.load(tables_ptr + row * width + past // BLOCK).to(tl.int64)
+        place = cache_ptr + (block * BLOCK + past % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE + element
+        tl.store(place, k_new, mask=inside)
+        tl.store(place + KV_HEADS * SIZE, v_new, mask=inside)
+        dots = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)[:, None]
+        top = tl.reshape(_scored(dots, past, past, scale, softcap, slope, CAPPED, BIASED), (GROUP_PADDED,))
+        total += 1.0
+        mean += v_new.to(tl.float32)[None, :]
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(past - window + 1, 0) // TILE
+    tile = tl.arange(0, TILE)
+    for number in tl.range(first + split, (past + TILE - 1) // TILE, SPLITS, num_stages=3):
+        entry = number * TILE + tile
+        held = entry < past
+        if BLOCK % TILE == 0:
+            block = tl.load(tables_ptr + row * width + number * TILE // BLOCK).to(tl.int64)
+            at = (block * BLOCK + number * TILE % BLOCK + tile) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+        else:
+            blocks = tl.load(tables_ptr + row * width + entry // BLOCK, mask=held, other=0).to(tl.int64)
+            at = (blocks * BLOCK + entry % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+        k = tl.load(cache_ptr + at[None, :] + element[:, None], mask=held[None, :] & inside[:, None], other=0.0)
+        v_at = cache_ptr + KV_HEADS * SIZE + at[:, None] + element[None, :]
+        v = tl.load(v_at, mask=held[:, None] & inside[None, :], other=0.0)
+        dots = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32")
+        scores = _scored(dots, entry[None, :], past, scale, softcap, slope, CAPPED, BIASED)
+        seen = held
+        if WINDOWED:
+            seen = held & (entry > past - window)
+        scores = tl.where(seen[None, :], scores, _NONE)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        decay = tl.exp2(top - higher)
+        # Where nothing was seen yet, ``higher`` is itself no score, and what is not seen would count as 1.
+        weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+        total = total * decay + tl.sum(weights, 1)
+        mean = mean * decay[:, None] + tl.dot(weights.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
+        top = higher
+    some = tl.where(total > 0, total, 1.0)
+    mean = mean / some[:, None]
+    head = (row * KV_HEADS + kv_head) * GROUP + group
+    if SPLITS == 1:
+        tl.store(parts_ptr + head[:, None] * SIZE + element[None, :], mean.to(dtype), mask=asked)
+    else:
+        part = head * SPLITS + split
+        tl.store(parts_ptr + part[:, None] * SIZE + element[None, :], mean, mask=asked)
+        tl.store(sums_ptr + part, tl.where(total > 0, top + tl.log2(some), _NONE), mask=group < GROUP)
+
+
+@triton.jit
+def _combine(
+    parts_ptr,
+    sums_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One head of a row: the mean of its parts, each weighted by what it has seen."""
+    head = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    split = tl.arange(0, SPLITS)
+    element = tl.arange(0, PADDED)
+    inside = element < SIZE
+    sums = tl.load(sums_ptr + head * SPLITS + split)
+    weights = tl.exp2(sums - tl.max(sums, 0))
+    weights = weights / tl.sum(weights, 0)
+    at = (head * SPLITS + split)[:, None] * SIZE + element[None, :]
+    parts = tl.load(parts_ptr + at, mask=inside[None, :], other=0.0)
+    mean = tl.sum(parts * weights[:, None], 0)
+    tl.store(out_ptr + head * SIZE + element, mean.to(out_ptr.dtype.element_ty), mask=inside)
