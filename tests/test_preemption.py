@@ -14,6 +14,7 @@ from trtllm_core.errors import CapacityError
 from trtllm_core.outputs import GenerationOutput
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop, hookimpl
 from trtllm_core.plugin.kv_policy import OutOfBlocksError
+from trtllm_core.scheduling import Scheduler
 from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.markov import MarkovExecutable
 
@@ -106,19 +107,18 @@ def test_preempted_at_any_time(
     undisturbed = told(run(runner()))
     disturbed = runner(KVCacheConfig(policy=policy))
     rng = random.Random(3)
-    loop, batch = disturbed.generation.loop, disturbed.generation._batch
-    reserve = type(batch)._reserve
+    reserve = Scheduler._reserve
 
-    def disturb(self, live):
-        for one in live:
-            if one.put_off:
-                if rng.random() < 0.5:
-                    loop.resume(one)
-            elif not one.over and rng.random() < 0.1:
-                loop.preempt(one)
-        return reserve(self, live)
+    def disturb(self):
+        for one in [*self._running]:
+            if len(self._running) > 1 and rng.random() < 0.1:
+                self._running.remove(one)
+                self._put_off(one)
+        if rng.random() < 0.5:
+            self._blocked = None
+        return reserve(self)
 
-    monkeypatch.setattr(type(batch), "_reserve", disturb)
+    monkeypatch.setattr(Scheduler, "_reserve", disturb)
     outputs = run(disturbed)
     assert told(outputs) == undisturbed
     assert sum(one.preemptions for one in outputs) > 10
@@ -201,18 +201,17 @@ def test_a_beam_search_and_drafts(
     configs = [beams, CONFIGS[5].replace(decoder="ngram"), beams.replace(repetition_penalty=1.0)]
     undisturbed = told(run(runner(), configs))
     disturbed = runner(KVCacheConfig(policy=policy))
-    rng, batch, loop = random.Random(4), disturbed.generation._batch, disturbed.generation.loop
-    reserve = type(batch)._reserve
+    rng, reserve = random.Random(4), Scheduler._reserve
 
-    def disturb(self, live):
-        for one in live:
-            if one.put_off:
-                loop.resume(one)
-            elif not one.over and rng.random() < 0.2:
-                loop.preempt(one)
-        return reserve(self, live)
+    def disturb(self):
+        for one in [*self._running]:
+            if len(self._running) > 1 and rng.random() < 0.2:
+                self._running.remove(one)
+                self._put_off(one)
+        self._blocked = None
+        return reserve(self)
 
-    monkeypatch.setattr(type(batch), "_reserve", disturb)
+    monkeypatch.setattr(Scheduler, "_reserve", disturb)
     outputs = run(disturbed, configs)
     assert told(outputs) == undisturbed
     assert sum(one.preemptions for one in outputs) > 5

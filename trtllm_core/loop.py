@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +11,13 @@ import torch
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.committing import commit
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.plan import Plan, PlanItem
 from trtllm_core.decoding.positions import Positions, with_copies
 from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import Plugins
-from trtllm_core.plugin.observer import StepStats
 from trtllm_core.session import Session
 
 
@@ -40,7 +39,7 @@ class StepLoop:
     """Runs steps. Who runs in one, and when a request may start, is the caller's to say.
 
     The road of a step: make room → run the engine → process the logits → choose → check for ends → settle what goes
-    on → commit → tell. Up to ``settle`` nothing changes; state moves in ``commit`` alone.
+    on → commit. Up to ``settle`` nothing changes; state moves in ``commit`` alone.
     """
 
     def __init__(self, session: Session, cache: KVCache, branches: BranchTable, plugins: Plugins) -> None:
@@ -55,6 +54,19 @@ class StepLoop:
         self._vocab_size = config.model.vocab_size
         self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
         self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
+
+    def check(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
+        """The plan of a request that has not started. Changes nothing; ``beside`` as for ``Planner.plan``.
+
+        Raises:
+            ConfigError, PluginError: its plan cannot be made.
+            CapacityError: the cache could not hold it even alone.
+        """
+        plan, sampling = self.branches.plan(request, beside), request.sampling
+        self.cache.check_window(sampling.max_attention_window_size, sampling.sink_token_length)
+        most = plan.branching.max_branches
+        self.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority, most)
+        return plan
 
     @torch.inference_mode()
     def admit(self, request: Request) -> LiveRequest | None:
@@ -95,16 +107,13 @@ class StepLoop:
 
         A branch may run more than it has: drafts that ``propose`` found. Then it gets as many tokens as are accepted.
         """
-        started = time.perf_counter()
         rows = self._rows(slots, counts)
-        generation = self._generation_tokens(rows) if self.plugins.observes_steps else 0
         self.cache.extend(rows.slots, rows.counts)
         logits = self._run(rows)
         self.cache.commit(rows.slots, rows.counts)
         self.cache.settle(rows.slots, rows.counts)
-        deltas = self._choose(rows, logits) if rows.asking.any() else []
-        self._observe(rows, generation, started)
-        return deltas
+        self.steps += 1
+        return self._choose(rows, logits) if rows.asking.any() else []
 
     @torch.inference_mode()
     def end(self, live: LiveRequest, reason: str) -> list[Delta]:
@@ -219,24 +228,3 @@ class StepLoop:
         place = torch.from_numpy(np.searchsorted(given, kept)).to(logits.device)
         gathering.keep(owner[kept], position[kept], logits[place])
         return logits[torch.from_numpy(np.searchsorted(given, asked)).to(logits.device)]
-
-    def _generation_tokens(self, rows: Rows) -> int:
-        """Tokens of rows whose whole prompt is in the cache before the step."""
-        past = self.cache.cached[rows.slots]
-        prompts = np.array([len(self.branches.owners[slot].request.prompt) for slot in rows.slots.tolist()])
-        return int(rows.counts[past >= prompts].sum())
-
-    def _observe(self, rows: Rows, generation: int, started: float) -> None:
-        self.steps += 1
-        if not self.plugins.observes_steps:
-            return
-        self.plugins.on_step_end(
-            StepStats(
-                step=self.steps,
-                rows=len(rows.slots),
-                context_tokens=int(rows.counts.sum()) - generation,
-                generation_tokens=generation,
-                kv_blocks_free=self.cache.usage().free,
-                seconds=time.perf_counter() - started,
-            )
-        )

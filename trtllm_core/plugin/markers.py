@@ -17,6 +17,6 @@ HOOK_VERSIONS: dict[str, str] = {
     "stopping_criterion": "1.0",
     "kv_policy": "1.0",
     "backend": "1.0",
-    "observer": "1.0",
+    "observer": "1.1",
 }
 """Version ``MAJOR.MINOR`` of each hook kind that this core offers. A minor only adds; a major may break."""

@@ -29,6 +29,32 @@ class StepStats:
     kv_blocks_free: int
     seconds: float
     """Wall time of the step on the host; on CUDA the device may still be running."""
+    timestamp: float = 0.0
+    """When it was over, in seconds since the epoch. This, and what follows, since observer 1.1."""
+    active_requests: int = 0
+    """Requests that have started and not ended, after the step."""
+    max_active_requests: int = 0
+    """How many there can be."""
+    queued_requests: int = 0
+    """Requests that wait for their start."""
+    paused_requests: int = 0
+    """Of the active ones, those that gave their cache back and wait for room."""
+    context_requests: int = 0
+    """Requests of which the step ran a part of the prompt."""
+    generation_requests: int = 0
+    """Requests of which the step ran generated tokens."""
+    new_requests: int = 0
+    """Requests that started with the step."""
+    new_requests_queue_seconds: float = 0.0
+    """How long these had waited, added up."""
+    completed_requests: int = 0
+    """Requests that ended in the step, or since the step before it, whatever the reason."""
+    preemptions: int = 0
+    """Requests that had to give their cache back for the step."""
+    kv_blocks_total: int = 0
+    kv_blocks_cached: int = 0
+    """Of the free ones, those that are kept for reuse."""
+    tokens_per_block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +72,15 @@ class RequestStats:
     """Tokens of its prompt that were found in the KV cache."""
     preemptions: int = 0
     """How often it had to give its cache back, and to compute its text anew."""
+    priority: int = 0
+    """This, and what follows, since observer 1.1."""
+    queue_seconds: float = 0.0
+    """From its arrival to its start, or to its end where it never started."""
+    first_token_seconds: float | None = None
+    """From its arrival to its first token; None: there was none."""
+    seconds: float = 0.0
+    """From its arrival to its end."""
+    drafted_tokens: int = 0
+    """Tokens that were run on trial."""
+    accepted_tokens: int = 0
+    """Those of them that became text."""

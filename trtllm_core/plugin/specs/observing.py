@@ -45,7 +45,8 @@ class ObserverSpecs:
 
         Called: once a step, in the process and thread that runs the session's loop, which waits for it: return within
         microseconds, and hand slow work to a thread. ``Plugins.observes_steps`` is False when no plugin
-        implements this hook, and the loop then does not even make the statistics.
+        implements this hook, and the loop then does not even make the statistics. The fields that say how many
+        requests wait, run and end are there since observer 1.1.
 
         Result: notification. Return values are ignored.
 
@@ -80,10 +81,10 @@ class ObserverSpecs:
 
     @hookspec
     def trtllm_on_request_end(self, stats: RequestStats) -> None:
-        """A request is over, whatever the reason: finished, cancelled, or failed with a plugin.
+        """A request is over, whatever the reason: finished, cancelled, refused, or failed with a plugin.
 
         Called: once a request, in the process and thread that runs the session's loop, after its last token was
-        chosen.
+        chosen; also for one that ended before it started. Its times are there since observer 1.1.
 
         Result: notification. Return values are ignored.
 

@@ -1,0 +1,101 @@
+"""Statistics of steps and of requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.loop import StepLoop
+from trtllm_core.plugin.observer import RequestStats, StepStats
+from trtllm_core.scheduling.ticket import Ticket, Turn
+
+
+class Meter:
+    """Measures steps, where somebody wants to know, and tells the observers.
+
+    Args:
+        loop: whose steps.
+        max_active: requests that can be under way at a time.
+        keep: make the statistics even where no plugin observes.
+    """
+
+    def __init__(self, loop: StepLoop, max_active: int, keep: bool) -> None:
+        self._loop = loop
+        self._max_active = max_active
+        self._wanted = keep or loop.plugins.observes_steps
+        self._prompts = np.zeros(loop.session.config.build.max_branches, np.int64)
+        self.preemptions = 0
+        """Since the last step that ran."""
+
+    def admitted(self, live: LiveRequest) -> None:
+        """A request has its slots."""
+        self._prompts[list(live.slots)] = len(live.request.prompt)
+
+    def begin(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """A step is going to run ``counts[i]`` tokens of ``slots[i]``."""
+        self._started = time.perf_counter()
+        if not self._wanted:
+            return
+        rows, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
+        reading = self._loop.cache.cached[rows] < self._prompts[rows]
+        self._rows = len(rows)
+        self._tokens = int(count[reading].sum()), int(count[~reading].sum())
+        owners, generating = self._loop.branches.owners, rows[~reading].tolist()
+        self._requests = int(reading.sum()), len({id(owners[slot]) for slot in generating})
+
+    def end(
+        self, turn: Turn, waiting: int, active: int, paused: int, clock: Callable[[], float]
+    ) -> StepStats | None:
+        """It is over, with all that ``turn`` says."""
+        preemptions, self.preemptions = self.preemptions, 0
+        if not self._wanted:
+            return None
+        seconds = time.perf_counter() - self._started
+        usage = self._loop.cache.usage()
+        stats = StepStats(
+            step=self._loop.steps,
+            rows=self._rows,
+            context_tokens=self._tokens[0],
+            generation_tokens=self._tokens[1],
+            kv_blocks_free=usage.free,
+            seconds=seconds,
+            timestamp=time.time(),
+            active_requests=active,
+            max_active_requests=self._max_active,
+            queued_requests=waiting,
+            paused_requests=paused,
+            context_requests=self._requests[0],
+            generation_requests=self._requests[1],
+            new_requests=len(turn.started),
+            new_requests_queue_seconds=sum((each.started or 0.0) - each.arrived for each in turn.started),
+            completed_requests=len(turn.ended),
+            preemptions=preemptions,
+            kv_blocks_total=usage.total,
+            kv_blocks_cached=usage.cached,
+            tokens_per_block=self._loop.cache.plan.tokens_per_block,
+        )
+        self._loop.plugins.on_step_end(stats)
+        return stats
+
+
+def request_stats(ticket: Ticket, now: float) -> RequestStats:
+    """What there is to say of a request that is over."""
+    live, arrived = ticket.live, ticket.arrived
+    return RequestStats(
+        ticket.request.request_id,
+        len(ticket.request.prompt),
+        0 if live is None else live.generated,
+        "refused" if ticket.error is not None or live is None else live.finish_reason or "",
+        {} if live is None else live.plugin_seconds,
+        0 if live is None else live.cached_prompt,
+        0 if live is None else live.preemptions,
+        priority=ticket.priority,
+        queue_seconds=(now if ticket.started is None else ticket.started) - arrived,
+        first_token_seconds=None if ticket.told is None else ticket.told - arrived,
+        seconds=now - arrived,
+        drafted_tokens=0 if live is None else live.drafted,
+        accepted_tokens=0 if live is None else live.accepted,
+    )
