@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trtllm_core.config import (
         BuildConfig,
         EngineConfig,
+        ExecutorConfig,
         KVCacheConfig,
         Mapping,
         ModelConfig,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from trtllm_core.decoding.words import to_word_list_format
     from trtllm_core.engine.build import build_engine
     from trtllm_core.errors import TrtllmCoreError
+    from trtllm_core.executor import Executor, RequestHandle
     from trtllm_core.generation import GenerationSession
     from trtllm_core.kv_cache.manager import GenerationSequence, KVCacheManager
     from trtllm_core.outputs import GenerationOutput
@@ -36,6 +38,7 @@ _HOMES = {
     "trtllm_core.config": (
         "BuildConfig",
         "EngineConfig",
+        "ExecutorConfig",
         "KVCacheConfig",
         "Mapping",
         "ModelConfig",
@@ -47,6 +50,7 @@ _HOMES = {
     "trtllm_core.decoding.words": ("to_word_list_format",),
     "trtllm_core.engine.build": ("build_engine",),
     "trtllm_core.errors": ("TrtllmCoreError",),
+    "trtllm_core.executor": ("Executor", "RequestHandle"),
     "trtllm_core.generation": ("GenerationSession",),
     "trtllm_core.kv_cache.manager": ("GenerationSequence", "KVCacheManager"),
     "trtllm_core.outputs": ("GenerationOutput",),
@@ -60,6 +64,8 @@ __all__ = [
     "BuildConfig",
     "Delta",
     "EngineConfig",
+    "Executor",
+    "ExecutorConfig",
     "GenerationOutput",
     "GenerationSequence",
     "GenerationSession",
@@ -69,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "ModelRunner",
     "Plugins",
+    "RequestHandle",
     "SamplingConfig",
     "Session",
     "TensorInfo",

@@ -28,10 +28,12 @@ def make_requests(
     prompt_tasks: str | Sequence[int] | torch.Tensor | None = None,
     lora_uids: Sequence[str | None] | None = None,
     deltas: bool = False,
+    ids: Sequence[str] | None = None,
 ) -> list[Request]:
-    """One request for each prompt; its id is its index. Arguments are those of ``ModelRunner.generate``.
+    """One request for each prompt. Arguments are those of ``ModelRunner.generate``.
 
-    ``deltas``: there is a place for logits in what comes back, whether or not ``return_dict`` is set.
+    ``deltas``: there is a place for logits in what comes back, whether or not ``return_dict`` is set. ``ids``: of the
+    requests; None: their index.
 
     Raises:
         ConfigError, CapacityError: something cannot work on this engine, or their numbers differ.
@@ -46,12 +48,22 @@ def make_requests(
     requests = []
     for i, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
         tokens = prompt.reshape(-1).tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        engine.check_prompt(tokens, config, f"prompt {i}", tables[i])
+        engine.check_prompt(tokens, config, f"prompt {i}" if ids is None else f"request {ids[i]!r}", tables[i])
         room = deltas or config.return_dict
         context = room and engine.gather_context_logits
         generation = room and engine.gather_generation_logits
         requests.append(
-            Request(str(i), tuple(tokens), config, *objects, text, adapters[i], tables[i], context, generation)
+            Request(
+                str(i) if ids is None else ids[i],
+                tuple(tokens),
+                config,
+                *objects,
+                text,
+                adapters[i],
+                tables[i],
+                context,
+                generation,
+            )
         )
     return requests
 

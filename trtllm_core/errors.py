@@ -77,6 +77,10 @@ class BackendError(TrtllmCoreError, RuntimeError):
     """A backend failed to execute an engine."""
 
 
+class ExecutorError(TrtllmCoreError, RuntimeError):
+    """An executor takes no requests, or had to give up those that it had; the cause is chained."""
+
+
 def listing(names: Iterable[str], empty: str = "none") -> str:
     """Names for a message, sorted and quoted: ``'a', 'b'``; ``empty`` when there are none."""
     return ", ".join(repr(name) for name in sorted(names)) or empty

@@ -274,6 +274,19 @@ class GenerationSession(EngineProperties):
         """The plan that a request with this config would have."""
         return self.loop.branches.planner.plan(sampling_config)
 
+    def lend(self, user: str) -> None:
+        """Nobody else generates on this session until ``take_back``. ``user`` is what others are told.
+
+        Raises:
+            ConfigError: somebody does already.
+        """
+        self._batch.check_idle()
+        self._batch.user = user
+
+    def take_back(self) -> None:
+        """The session may be used again by all."""
+        self._batch.user = None
+
     def close(self) -> None:
         """Tell the observers that the session is over, once."""
         if not self._closed:

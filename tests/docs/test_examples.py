@@ -124,6 +124,11 @@ def test_try_stops(tmp_path: Path) -> None:
     assert f"```text\n{printed}```" in (EXAMPLES.parent / "stopping.md").read_text(encoding="utf-8")
 
 
+def test_in_flight(tmp_path: Path) -> None:
+    printed = run("in_flight.py", tmp_path)
+    assert f"```text\n{printed}```" in (EXAMPLES.parent / "executor.md").read_text(encoding="utf-8")
+
+
 def test_stop_when_follows_rewinds_and_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both criteria say of a text what a plain count says, after any way to it."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -10,6 +10,7 @@ from trtllm_core.config.engine import (
     Provider,
     RankFile,
 )
+from trtllm_core.config.executor import ExecutorConfig
 from trtllm_core.config.mapping import Mapping, WorldConfig
 from trtllm_core.config.model import DType, ModelConfig
 from trtllm_core.config.sampling import PluginUse, SamplingConfig, use, with_fields
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "DType",
     "EngineConfig",
+    "ExecutorConfig",
     "KVCacheConfig",
     "LoraLayer",
     "Mapping",

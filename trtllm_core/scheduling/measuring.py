@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,9 +46,7 @@ class Meter:
         owners, generating = self._loop.branches.owners, rows[~reading].tolist()
         self._requests = int(reading.sum()), len({id(owners[slot]) for slot in generating})
 
-    def end(
-        self, turn: Turn, waiting: int, active: int, paused: int, clock: Callable[[], float]
-    ) -> StepStats | None:
+    def end(self, turn: Turn, waiting: int, active: int, paused: int) -> StepStats | None:
         """It is over, with all that ``turn`` says."""
         preemptions, self.preemptions = self.preemptions, 0
         if not self._wanted:
@@ -81,9 +79,10 @@ class Meter:
         return stats
 
 
-def request_stats(ticket: Ticket, now: float) -> RequestStats:
+def request_stats(ticket: Ticket) -> RequestStats:
     """What there is to say of a request that is over."""
-    live, arrived = ticket.live, ticket.arrived
+    live, arrived, now = ticket.live, ticket.arrived, ticket.ended
+    assert now is not None
     return RequestStats(
         ticket.request.request_id,
         len(ticket.request.prompt),

@@ -114,7 +114,9 @@ class Scheduler:
             self._queue.discard(ticket)
             ticket.live = _never_started(ticket, reason)
             returns = range(len(ticket.live.sequences or ()))
-            self._turn.deltas += [Delta(ticket.request.request_id, (), finish_reason=reason, sequence=n) for n in returns]
+            self._turn.deltas += [
+                Delta(ticket.request.request_id, (), finish_reason=reason, sequence=n) for n in returns
+            ]
         else:
             self._turn.deltas += self._loop.end(ticket.live, reason)
         self._finish(ticket)
@@ -139,7 +141,7 @@ class Scheduler:
             if self._loop.branches.slots.free > free:  # whoever ends gives slots back
                 for ticket in [each for each in self._running if each.live is not None and each.live.over]:
                     self._finish(ticket)
-            turn.stats = self._meter.end(turn, self.waiting, self.active, self.paused, self._clock)
+            turn.stats = self._meter.end(turn, self.waiting, self.active, self.paused)
         turn, self._turn = self._turn, Turn()
         return turn
 
@@ -161,7 +163,10 @@ class Scheduler:
                 self.end(heapq.heappop(self._deadlines)[2], "timed_out")
 
     def _start(self) -> None:
-        """Let those go on that were put off, and then new ones start, in order, while there is room."""
+        """Let those go on that were put off, and then new ones start, in order, while there is room.
+
+        No more start than the step can read: to start takes time, for which those that run would wait.
+        """
         while self._off and not self._is_blocked(self._off[0]):
             ticket = self._off[0]
             assert ticket.live is not None
@@ -170,7 +175,8 @@ class Scheduler:
                 break
             heapq.heappop(self._off)
             self._join(ticket)
-        while not self._off and len(self._running) < self._most:
+        unread = self._unread() if self._queue else 0
+        while not self._off and len(self._running) < self._most and unread < self._budget:
             first = self._queue.first()
             if first is None or self._is_blocked(first):
                 break
@@ -185,6 +191,7 @@ class Scheduler:
                 break
             self._queue.pop()
             self._admitted(first, live)
+            unread += len(first.request.prompt) - live.cached_prompt
 
     def _admitted(self, ticket: Ticket, live: LiveRequest) -> None:
         ticket.live, ticket.started = live, self._clock()
@@ -197,10 +204,20 @@ class Scheduler:
         self._silent.append(ticket)
         self._join(ticket)
 
+    def _unread(self) -> int:
+        """Tokens that those that run lack in the cache, beyond what they have just generated."""
+        if not self._running:
+            return 0
+        known, cached, _ = self._lengths()
+        wanted = known - cached
+        return int(wanted[wanted > 1].sum())
+
     def _is_blocked(self, ticket: Ticket) -> bool:
         """Whether it found no room before, and nothing has changed since: nothing was given back, and no prompt was
         read that it might share."""
-        if self._blocked is None or self._blocked[0] is not ticket or self._has_read or not self._running:
+        if self._blocked is None or self._blocked[0] is not ticket or not self._running:
+            return False
+        if self._has_read and ticket.live is None:
             return False
         slots, blocks = self._room()
         return slots <= self._blocked[1][0] and blocks <= self._blocked[1][1]
@@ -220,8 +237,8 @@ class Scheduler:
     def _reserve(self) -> tuple[list[int], list[int]]:
         """Who runs how many tokens, and room for them. Where there is none, the last ones in order are put off."""
         if self._loop.branches.verifying and self._running:
-            known, cached, slots = self._lengths()
-            self._loop.propose(slots[known - cached == 1].tolist())
+            known, cached, running = self._lengths()
+            self._loop.propose(running[known - cached == 1].tolist())
         while self._running:
             slots, counts = self._schedule()
             try:
@@ -315,7 +332,7 @@ class Scheduler:
 
     def _finish(self, ticket: Ticket) -> None:
         """It is over: forget it, and tell."""
-        ticket.over = True
+        ticket.ended = self._clock()
         if ticket in self._running:
             self._running.remove(ticket)
             self._slots = None
@@ -327,7 +344,7 @@ class Scheduler:
         if ticket.deadline is not None:
             self._forget_deadlines()
         self._turn.ended.append(ticket)
-        self._loop.plugins.on_request_end(request_stats(ticket, self._clock()))
+        self._loop.plugins.on_request_end(request_stats(ticket))
 
     def _forget_deadlines(self) -> None:
         """Those of requests that are over leave when half of them are such."""

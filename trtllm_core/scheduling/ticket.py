@@ -30,10 +30,15 @@ class Ticket:
     started: float | None = None
     told: float | None = None
     """When its first token was there."""
-    over: bool = False
+    ended: float | None = None
 
     def __lt__(self, other: Ticket) -> bool:
         return self.order < other.order
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self.ended is not None
 
     @property
     def stage(self) -> str:
