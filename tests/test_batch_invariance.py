@@ -7,6 +7,7 @@ import random
 import pytest
 
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
+from trtllm_core.scheduling import Scheduler
 from trtllm_core.testing.checkpoints import write_llama
 
 LIMITS = BuildConfig(
@@ -69,20 +70,19 @@ def test_among_63_others_in_any_row(runner, alone, seed):
 
 def test_after_giving_its_cache_back(runner, alone, monkeypatch):
     """Every request is preempted twice, and resumed a step later."""
-    loop, batch = runner.generation.loop, runner.generation._batch
-    reserve = type(batch)._reserve
+    reserve = Scheduler._reserve
     steps = iter(range(10_000))
 
-    def disturb(self, live):
+    def disturb(self):
         step = next(steps)
-        for number, one in enumerate(live):
-            if one.put_off:
-                loop.resume(one)
-            elif not one.over and (step + number) % 5 == 4:
-                loop.preempt(one)
-        return reserve(self, live)
+        for number, one in enumerate([*self._running]):
+            if (step + number) % 5 == 4 and len(self._running) > 1:
+                self._running.remove(one)
+                self._put_off(one)
+        self._blocked = None  # as if something had been given back
+        return reserve(self)
 
-    monkeypatch.setattr(type(batch), "_reserve", disturb)
+    monkeypatch.setattr(Scheduler, "_reserve", disturb)
     outputs = runner.generate([prompt_of(i) for i in range(len(ASKED))], ASKED)["outputs"]
     assert [told(one) for one in outputs] == alone
     assert min(one.preemptions for one in outputs) >= 2
