@@ -143,9 +143,10 @@ class StepLoop:
         scored = branches.wants_log_probs
         processed, scores = branches.pipeline.apply(logits, at.slot, at.offset, at.draft, scored)
         # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
-        looks = branches.rules.wants_logits or (scored and scores is processed)
+        wanted = processed if branches.wants_logits else None
+        looks = wanted is not None or (scored and scores is processed)
         choice = branches.choosers.select(processed.clone() if looks else processed, at)
-        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, processed, choice.source)
+        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, wanted, choice.source)
         deltas = commit(branches, self.cache, branches.settle(choice, verdict, scores))
         if drafts is not None:
             self._take_back(np.array(slots), drafts)

@@ -21,6 +21,17 @@ def begun(new_floor, params=(), slots=4, vocab=24):
     return floor, sampler
 
 
+def step(floor, sampler, slots, x):
+    """Sample a token for each slot from its row of ``x``, and commit it."""
+    rows = torch.from_numpy(x)
+    tokens = sampler.sample(rows.clone(), floor.logits_batch(slots)).tolist()
+    for slot, token in zip(slots, tokens, strict=True):
+        floor.append(slot, [token])
+    new = [[token] for token in tokens]
+    sampler.commit(floor.commit_batch(slots, new, logits=rows, source=[[row] for row in range(len(slots))]))
+    return tokens
+
+
 class Plain:
     """One sequence, in float64."""
 
@@ -47,14 +58,11 @@ def test_against_a_plain_walk(new_floor, rng):
     for _ in range(30):
         slots = rng.permutation(4)[: rng.integers(1, 5)].tolist()
         x = rng.normal(0, 2.5, (len(slots), 24)).astype(np.float32)
-        batch = floor.logits_batch(slots)
-        u = batch_uniform(batch, Mirostat.SALT).tolist()
-        got = sampler.sample(torch.from_numpy(x), batch).tolist()
+        u = batch_uniform(floor.logits_batch(slots), Mirostat.SALT).tolist()
+        got = step(floor, sampler, slots, x)
         assert got == [
             plain[slot].step(row.astype(np.float64), one) for slot, row, one in zip(slots, x, u, strict=True)
         ]
-        for slot, token in zip(slots, got, strict=True):
-            floor.append(slot, [token])
     for slot in range(4):
         assert float(sampler._mu[slot, len(floor.histories[slot])]) == pytest.approx(plain[slot].mu, abs=1e-4)
 
@@ -76,10 +84,11 @@ def test_surprise_stays_near_the_target(new_floor, rng):
     sampler.setup(floor.context)
     sampler.begin(0, floor.view(0, [1], params=Mirostat.Params(tau=3.0)))
     entropies = []
-    for step in range(400):
-        x = torch.from_numpy(rng.normal(0, 1 + step % 3, (1, 2000)).astype(np.float32))
-        entropies.append(float(-(x.softmax(1) * x.log_softmax(1)).sum() / math.log(2)))
-        floor.append(0, sampler.sample(x, floor.logits_batch([0])).tolist())
+    for spread in range(400):
+        x = rng.normal(0, 1 + spread % 3, (1, 2000)).astype(np.float32)
+        rows = torch.from_numpy(x)
+        entropies.append(float(-(rows.softmax(1) * rows.log_softmax(1)).sum() / math.log(2)))
+        step(floor, sampler, [0], x)
     surprise = 3.0 - sampler._mu[0, 1:402].diff() / 0.1
     assert float(surprise[100:].mean()) == pytest.approx(3.0, abs=0.3)
     assert np.mean(entropies) > 6
@@ -87,11 +96,11 @@ def test_surprise_stays_near_the_target(new_floor, rng):
 
 def test_mu_follows_rewinds_and_forks(new_floor, rng):
     """What is sampled after a rewind or in a fork is what would have been sampled without."""
-    x = torch.from_numpy(rng.normal(0, 2, (12, 1, 24)).astype(np.float32))
+    x = rng.normal(0, 2, (12, 1, 24)).astype(np.float32)
 
     def generate(floor, sampler, slot, steps):
-        for step in steps:
-            floor.append(slot, sampler.sample(x[step].clone(), floor.logits_batch([slot])).tolist())
+        for at in steps:
+            step(floor, sampler, [slot], x[at])
 
     params = [{"tau": 1.0, "eta": 0.7}] * 4
     floor, sampler = begun(new_floor, params)
@@ -116,8 +125,20 @@ def test_mu_follows_rewinds_and_forks(new_floor, rng):
     assert other == floor2.histories[1][:-1]
 
 
-def test_rows_of_other_decoders_change_nothing(new_floor, rng):
+def test_what_moves_no_mu(new_floor, rng):
+    """Sampling, tokens of other decoders' rows, and tokens that could not be drawn."""
     floor, sampler = begun(new_floor)
     before = sampler._mu.clone()
-    sampler.sample(torch.randn(4, 24), floor.logits_batch(range(4), [False] * 4))
+    x = torch.from_numpy(rng.normal(0, 2, (4, 24)).astype(np.float32))
+    x[:, 7] = -torch.inf
+    sampler.sample(x.clone(), floor.logits_batch(range(4)))
     assert torch.equal(sampler._mu, before)
+    for slot in range(4):
+        floor.append(slot, [7])
+    sources = [[row] for row in range(4)]
+    sampler.commit(floor.commit_batch(range(4), [[3]] * 4, [False] * 4, x, sources))
+    assert torch.equal(sampler._mu, before)
+    sampler.commit(floor.commit_batch(range(4), [[7]] * 4, logits=x, source=sources))
+    for slot in range(4):
+        length = len(floor.histories[slot])
+        assert sampler._mu[slot, length] == before[slot, length - 1]

@@ -84,6 +84,11 @@ class BranchTable:
         """Whether any live branch asked for log-probabilities."""
         return any(branch.owner.plan.log_probs for branch in self.live.values())
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
+        return any(stages.wants_logits for stages in self.stages)
+
     def plan(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
         """The plan of a request; ``beside`` as for ``Planner.plan``."""
         if request.text and self._token_bytes is None:

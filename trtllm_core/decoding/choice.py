@@ -74,6 +74,6 @@ class Outcome:
     """Slot to the slot whose history it takes over."""
     found: Sequence[Found] = ()
     scores: Scores | None = None
-    """Where the tokens came from; None where no criterion needs it."""
+    """Where the tokens came from; None where no plugin needs it."""
     likeliest: Sequence[Sequence[Mapping[int, float]]] | None = None
     """Of the rows that belong to no search, the likeliest tokens beside each new one; None: nobody asked."""

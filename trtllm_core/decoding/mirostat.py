@@ -11,11 +11,11 @@ from pydantic import BaseModel, Field
 from trtllm_core.decoding.random import batch_uniform, draw_salt
 from trtllm_core.decoding.ranking import masses
 from trtllm_core.decoding.samplers import draw, possible
-from trtllm_core.decoding.state import copy_slots
+from trtllm_core.decoding.state import accepted, copy_slots
 from trtllm_core.plugin.decoder import DecoderCapabilities, Sampler
 
 if TYPE_CHECKING:
-    from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
+    from trtllm_core.plugin.views import BranchView, CommitBatch, DecodingContext, LogitsBatch
 
 
 class Mirostat(Sampler):
@@ -24,9 +24,9 @@ class Mirostat(Sampler):
     Tokens whose surprise ``−log2 p`` is above ``mu`` are left out, but for the likeliest one, and one of the rest is
     drawn. With ``s`` its surprise among the rest, ``mu ← mu − eta·(s − tau)``; it starts at ``2·tau``.
 
-    ``mu`` is kept for each length of the text: what it will be with the drawn token is written behind the text, as the
-    token itself is, and counts once that does. So a rewind finds the old one, and there is nothing to do in ``commit``.
-    Each token's mu depends on the one before it, so that drafts cannot be verified side by side.
+    ``mu`` is kept for each length of the text, so that a rewind finds the old one. It moves in ``commit``, from the
+    logits that the token was drawn from; a token that could not be drawn, which somebody else put there, leaves it as
+    it is. Each token's mu depends on the one before it, so that drafts cannot be verified side by side.
     """
 
     class Params(BaseModel, extra="forbid", frozen=True):
@@ -35,7 +35,7 @@ class Mirostat(Sampler):
         tau: float = Field(default=5.0, gt=0, description="target surprise, in bits")
         eta: float = Field(default=0.1, ge=0, le=1, description="how fast mu follows")
 
-    capabilities = DecoderCapabilities(graph_safe=True)
+    capabilities = DecoderCapabilities(graph_safe=True, needs=frozenset({"logits"}))
 
     SALT = draw_salt("mirostat")
 
@@ -55,19 +55,33 @@ class Mirostat(Sampler):
         self._mu[slot, len(view.prompt)] = 2 * view.params.tau
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
-        slot = batch.slot
-        length = batch.context.lengths[slot]
-        mu = self._mu[slot, length].unsqueeze(1)
-        least = logits.logsumexp(dim=1, keepdim=True) - mu * math.log(2)
-        dropped = logits < torch.minimum(least, logits.amax(dim=1, keepdim=True))
-        sums = masses(logits).masked_fill_(dropped, 0)
-        tokens = draw(sums, batch_uniform(batch, self.SALT).unsqueeze(1))
-        before = torch.where(tokens > 0, sums.gather(1, (tokens - 1).clamp(min=0)), 0)
-        surprise = torch.log2(sums[:, -1:].float() / (sums.gather(1, tokens) - before).float())
-        mu = mu.squeeze(1) - self._eta[slot] * (surprise.squeeze(1) - self._tau[slot])
-        after = (slot, length + 1)
-        self._mu.index_put_(after, torch.where(batch.active, mu, self._mu[after]))
+        dropped = _surprising(logits, self._mu[batch.slot, batch.context.lengths[batch.slot]])
+        weights = masses(logits).masked_fill_(dropped, 0)
+        tokens = draw(weights, batch_uniform(batch, self.SALT).unsqueeze(1))
         return possible(logits, tokens.squeeze(1))
+
+    def commit(self, batch: CommitBatch) -> None:
+        assert batch.logits is not None
+        assert batch.source is not None
+        slot, keep = batch.slot, accepted(batch)
+        before = batch.context.lengths[slot] - batch.counts
+        mu = self._mu[slot, before]
+        for j in range(batch.tokens.shape[1]):
+            logits = batch.logits[batch.source[:, j]]
+            rest = logits.masked_fill(_surprising(logits, mu), -torch.inf)
+            token = batch.tokens[:, j : j + 1].clamp(0, logits.shape[1] - 1)
+            surprise = (rest.logsumexp(dim=1) - rest.gather(1, token).squeeze(1)) / math.log(2)
+            drawn = keep[:, j] & (surprise < torch.inf)
+            mu = torch.where(drawn, mu - self._eta[slot] * (surprise - self._tau[slot]), mu)
+            # A row without a j-th token writes back what is there, so that shapes never depend on the data.
+            at = (slot, (before + j + 1).clamp(max=self._mu.shape[1] - 1))
+            self._mu.index_put_(at, torch.where(keep[:, j], mu, self._mu[at]))
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._mu, self._tau, self._eta)
+
+
+def _surprising(logits: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+    """bool ``[n, vocab]``: tokens whose surprise is above ``mu`` (float32 ``[n]``, in bits), but for the likeliest."""
+    least = logits.logsumexp(dim=1) - mu * math.log(2)
+    return logits < torch.minimum(least, logits.amax(dim=1)).unsqueeze(1)

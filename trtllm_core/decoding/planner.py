@@ -51,6 +51,10 @@ UNUSED = ((LogitsProcessor, "companions"),)
 """Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
 
 
+SHOWN_LOGITS = (Sampler, Decoder, DeviceStoppingCriterion)
+"""Kinds whose ``commit`` is shown the logits that tokens were chosen from, where they need them."""
+
+
 def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> frozenset[str]:
     """What this loop can give a plugin that ``needs`` something.
 
@@ -112,12 +116,13 @@ class Planner:
         consumers = _consumers(sampling, [*chosen, *({decoder.name: decoder, taker.name: taker}.values()), *stops])
         self._check_honoured(sampling, consumers)
         log_probs = sampling.output_log_probs or sampling.output_cum_log_probs or sampling.num_logprobs > 0
-        looks = any("logits" in item.plugin.capabilities.needs for item in stops)  # type: ignore[attr-defined]
+        seers = (decoder, taker, *stops)
+        looks = any("logits" in item.plugin.capabilities.needs for item in seers)  # type: ignore[attr-defined]
         idle = _idle(sampling, taker, sampling.decoder is None or sampler is not None, chosen, log_probs, looks)
         chosen = [item for item in chosen if item.key not in idle]
         notes = tuple(idle.values())
-        for item in (decoder, *chosen, *stops):
-            offers = self.offers | {"logits"} if isinstance(item.plugin, DeviceStoppingCriterion) else self.offers
+        for item in (decoder, taker, *chosen, *stops):
+            offers = self.offers | {"logits"} if isinstance(item.plugin, SHOWN_LOGITS) else self.offers
             missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
             missing |= {name for base, name in UNUSED if overrides(item.plugin, base, name)}
             if missing:
@@ -240,8 +245,8 @@ def _idle(
 ) -> dict[object, str]:
     """Processors that are left out where nothing is drawn: key to what is said about it.
 
-    ``taker`` takes the tokens, ``by_fields``: because the request's fields say so. ``looks``: a criterion sees the
-    logits that were chosen from.
+    ``taker`` takes the tokens, ``by_fields``: because the request's fields say so. ``looks``: a plugin that is no
+    processor sees the logits that were chosen from.
     """
     idle: dict[object, str] = {}
     greedy = taker.plugin.capabilities.greedy  # type: ignore[attr-defined]

@@ -147,6 +147,8 @@ class Stages(Generic[P]):
         company."""
         self.failures: dict[int, PluginError] = {}
         """Slot to what failed it, since ``take_failures``."""
+        self.wants_logits = False
+        """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
         self._all: dict[object, Stage[P]] = {}
         self._of: dict[int, list[Stage[P]]] = {}
         self._spent: dict[str, float] = {}  # seconds of stages that are gone
@@ -257,3 +259,4 @@ class Stages(Generic[P]):
                 del self._all[key]
         live = [stage for stage in self._all.values() if stage.members]
         self.live = sorted(live, key=lambda stage: stage.item.rank)
+        self.wants_logits = any(stage.wants_logits for stage in live)

@@ -35,7 +35,7 @@ class Verdict:
     wrong: dict[int, str]
     """Slots whose decoder chose what is no token, and what that was. They have no tokens here."""
     scores: Scores | None = None
-    """What the tokens were chosen from, for the commit; None where no criterion needs it."""
+    """What the tokens were chosen from, for the commit; None where no plugin needs it."""
 
 
 class StoppingRules(Stages[Criterion]):
@@ -52,11 +52,6 @@ class StoppingRules(Stages[Criterion]):
         super().__init__(context, wrap)
         self._history = history
 
-    @property
-    def wants_logits(self) -> bool:
-        """Whether a criterion at work needs the step's logits."""
-        return any(stage.wants_logits for stage in self.live)
-
     def check(
         self,
         selection: Selection,
@@ -67,11 +62,11 @@ class StoppingRules(Stages[Criterion]):
     ) -> Verdict:
         """Ask all criteria. Pure; this is where the step's tokens come to the host, in one transfer.
 
-        ``logits`` and ``source`` are as in ``CommitBatch``, and looked at where ``wants_logits``; without ``source``,
-        each row's tokens are from the row of the same number.
+        ``logits`` and ``source`` are as in ``CommitBatch``; without ``logits`` no plugin at work needs any, and without
+        ``source`` each row's tokens are from the row of the same number.
         """
         width = selection.tokens.shape[1]
-        scores = self._scores(selection, logits, source)
+        scores = None if logits is None else _scores(selection, logits, source)
         device = [s for s in self.live if isinstance(s.plugin, DeviceStoppingCriterion)]
         columns = [selection.tokens, selection.counts.unsqueeze(1)]
         for stage in device:
@@ -105,14 +100,6 @@ class StoppingRules(Stages[Criterion]):
             end.stop = replace(end.stop, matched=end.by.call(plugin.matched, slot, text))  # type: ignore[union-attr]
         except PluginError as error:
             self.fail(end.by, error)
-
-    def _scores(self, selection: Selection, logits: torch.Tensor | None, source: torch.Tensor | None) -> Scores | None:
-        if logits is None or not self.wants_logits:
-            return None
-        if source is None:
-            rows = torch.arange(len(selection.tokens), device=logits.device)
-            source = rows.unsqueeze(1).expand_as(selection.tokens)
-        return Scores(logits, source)
 
     def _known(
         self, slots: Sequence[int], chosen: Sequence[tuple[list[int], int]]
@@ -209,6 +196,13 @@ class _Ends:
     def of_request(self) -> bool:
         """Whether the row's end is its request's. What comes after the end of the row never happened."""
         return self.stop is not None and self.whole is not None and self.whole <= self.stop.at
+
+
+def _scores(selection: Selection, logits: torch.Tensor, source: torch.Tensor | None) -> Scores:
+    if source is None:
+        rows = torch.arange(len(selection.tokens), device=logits.device)
+        source = rows.unsqueeze(1).expand_as(selection.tokens)
+    return Scores(logits, source)
 
 
 def _order(stop: Stop) -> tuple[int, bool]:

@@ -32,7 +32,7 @@ class DecoderCapabilities:
     needs: frozenset[str] = frozenset()
     """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``hidden_states``, ``tree_mask``, and of what the decoder's
     ``host`` can do for each of its requests: ``sampler`` (``host.sample``), ``distribution``
-    (``host.distribution``)."""
+    (``host.distribution``). With ``logits``, ``commit`` is shown what the tokens were chosen from."""
 
 
 @dataclass(frozen=True, slots=True)

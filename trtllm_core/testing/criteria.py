@@ -18,8 +18,6 @@ from trtllm_core.testing.subject import STOPPING_CRITERION
 
 Answer = tuple[Stop | None, ...]
 
-POSITIONS = 64
-"""From how many rows of logits tokens are chosen, by their places in the text."""
 PROBES = tuple((token,) for token in range(ALPHABET))
 """Tokens that might be chosen next: what a criterion says of each is its answer about a slot."""
 
@@ -29,15 +27,8 @@ class CriterionRig(Rig[Answer]):
 
     padding = 0
 
-    def scores(self) -> torch.Tensor | None:
-        """See ``Rig``, as all that follows."""
-        if "logits" not in self.plugin.capabilities.needs:
-            return None
-        generator = torch.Generator().manual_seed(2)
-        shape = (POSITIONS, self.floor.context.vocab_size_padded)
-        return torch.randn(shape, generator=generator).mul_(4).to(self.floor.device)
-
     def wrapped(self, plugin: Any) -> SlotPlugin:
+        """See ``Rig``, as all that follows."""
         if isinstance(plugin, HostStoppingCriterion):
             return HostCriterionAdapter(plugin, self.floor.history)
         require(isinstance(plugin, DeviceStoppingCriterion), f"it is a {type(plugin).__name__}, no stopping criterion")

@@ -24,6 +24,8 @@ R = TypeVar("R")
 G = TypeVar("G", bound="Rig[Any]")
 
 SLOTS = 8
+POSITIONS = 64
+"""From how many rows of logits tokens are chosen, by their places in the text."""
 ALPHABET = 10
 """Most tokens of random texts are below it, so that words, n-grams and loops occur."""
 
@@ -110,8 +112,14 @@ class Rig(ABC, Generic[A]):
         return {slot: found.index(True) + 1 for slot, found in ends.items() if any(found)}
 
     def scores(self) -> torch.Tensor | None:
-        """The logits that tokens come from, for a plugin that needs them."""
-        return None
+        """What tokens are chosen from, float32 ``[positions, vocab_size_padded]``, for a plugin that needs it."""
+        if "logits" not in self.plugin.capabilities.needs:
+            return None
+        context = self.floor.context
+        generator = torch.Generator().manual_seed(2)
+        scores = torch.randn(POSITIONS, context.vocab_size_padded, generator=generator).mul_(4)
+        scores[:, context.vocab_size :] = torch.finfo(torch.float32).min
+        return scores.to(self.floor.device)
 
     def begin(self, slot: int, branch: Branch) -> None:
         """A branch starts, with its prompt only."""

@@ -21,7 +21,8 @@ class DecoderSpecs:
         Tensors: ``Sampler.sample`` and ``Decoder.select`` get processed ``logits``, float32
         ``[n, vocab_size_padded]`` on the session's device, which they may overwrite. ``LogitsBatch`` holds ``slot`` and
         ``offset`` (int64 ``[n]``), ``active`` (bool ``[n]``) and ``draft`` (int32 ``[slots, k]`` or None) on the same
-        device; they and the tensors of ``DecodingContext`` are read-only.
+        device; they and the tensors of ``DecodingContext`` are read-only. ``commit`` gets a ``CommitBatch``, with the
+        ``logits`` (float32 ``[m, vocab_size_padded]``) that tokens were chosen from, where ``needs`` holds ``logits``.
 
         Returns: None.
 
