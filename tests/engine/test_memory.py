@@ -22,7 +22,7 @@ from trtllm_core.testing.checkpoints import write_llama
 LOADER = """
 import json, sys
 import psutil, torch
-from trtllm_core.cli.measure import peak_memory
+from trtllm_core.cli.bench.timing import peak_memory
 from trtllm_core.session import Session
 from trtllm_core.plugin import Plugins
 from trtllm_core.testing.packed import PackedRows

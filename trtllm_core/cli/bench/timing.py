@@ -1,13 +1,17 @@
-"""Timing a loaded engine, and what the machine could do at best."""
+"""Timing a loaded engine as a user sees it, through streaming."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from trtllm_core.cli.bench.workloads import Workload
 
 if TYPE_CHECKING:
     import torch
@@ -17,58 +21,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed generation."""
+    """One timed generation, in seconds."""
 
     prefill_seconds: float
     """Until every prompt had its first token."""
     decode_seconds: float
     decode_tokens: int
+    gaps: tuple[float, ...] = ()
+    """Between each sequence's tokens that came one after the other; empty where nobody looked."""
 
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed: how many prompts, how long, and how many new tokens each. One new token measures prefill."""
-
-    name: str
-    batch: int
-    prompt_len: int
-    new_tokens: int
-
-    @property
-    def is_prefill(self) -> bool:
-        """Whether reading the prompt is what counts."""
-        return self.new_tokens == 1
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Random tokens, the same ones in every process."""
-        import torch
-
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (self.batch, self.prompt_len), generator=generator).tolist()
-
-    def rate(self, timing: Timing) -> float:
-        """Tokens a second."""
-        if self.is_prefill:
-            return self.batch * self.prompt_len / timing.prefill_seconds
-        return timing.decode_tokens / timing.decode_seconds
+    def rate(self, work: Workload) -> float:
+        """Tokens a second: of prompts where only those count, else generated ones."""
+        if work.is_prefill:
+            return work.batch * work.prompt_len / self.prefill_seconds
+        return self.decode_tokens / self.decode_seconds
 
 
 def time_engine(runner: ModelRunner, work: Workload) -> Timing:
-    """Generate greedily to a fixed length, timed through streaming as a user would see it."""
+    """Generate greedily to a fixed length."""
     from trtllm_core.config import SamplingConfig
 
     prompts = work.prompts(runner.vocab_size)
     sampling = SamplingConfig(max_new_tokens=work.new_tokens, end_id=())
     waiting, late = {str(i) for i in range(work.batch)}, 0
-    started = first = time.perf_counter()
+    times: dict[str, list[float]] = {name: [] for name in waiting}
+    clock = time.perf_counter
+    started = first = clock()
     for delta in runner.generate(prompts, sampling, streaming=True):
+        now = clock()
+        times[delta.request_id].append(now)
         if waiting:
             waiting.discard(delta.request_id)
             if not waiting:
-                first = time.perf_counter()
+                first = now
         else:
             late += len(delta.tokens)
-    return Timing(first - started, time.perf_counter() - first, late)
+    return Timing(first - started, clock() - first, late, gaps(times.values()))
+
+
+def gaps(times: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Seconds between neighbours, of all sequences together."""
+    return tuple(after - before for row in times for before, after in pairwise(row))
 
 
 def synchronize(device: torch.device) -> None:
@@ -79,15 +72,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_bytes(runner: ModelRunner, work: Workload) -> float:
-    """Bytes that a decode step must read: all weights, and the KV cache at its mean length."""
-    per_token = runner.config.model.kv_bytes_per_token(runner.config.kv_dtype, runner.config.build.tp_size)
-    return runner.context_mem_size + work.batch * (work.prompt_len + work.new_tokens / 2) * per_token
-
-
 def median(values: Sequence[float]) -> float | None:
     """The median; None of nothing."""
     return statistics.median(values) if values else None
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least ``share`` of all, 0 to 1, do not exceed; None of nothing."""
+    if not values:
+        return None
+    return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
 
 
 def peak_memory() -> int:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trtllm_core.cli.measure import Timing, Workload, synchronize
+from trtllm_core.cli.bench.timing import Timing, gaps, synchronize
+from trtllm_core.cli.bench.workloads import Workload
 from trtllm_core.errors import BackendError, ConfigError, listing
 
 if TYPE_CHECKING:
     import torch
 
-    from trtllm_core.cli.subject import Subject
+    from trtllm_core.cli.bench.subject import Subject
     from trtllm_core.config import EngineConfig
 
 
@@ -64,28 +65,38 @@ class TransformersPeer:
         self._options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
 
     def time(self, work: Workload) -> Timing:
-        """Decoding is what a whole run takes longer than one that stops after the first token."""
-        first = self._seconds(work, 1)
-        if work.is_prefill:
-            return Timing(first, 0.0, 0)
-        whole = self._seconds(work, work.new_tokens)
-        return Timing(first, whole - first, work.batch * (work.new_tokens - 1))
-
-    def _seconds(self, work: Workload, new_tokens: int) -> float:
+        """One run, whose tokens are timed where ``generate`` asks whether to stop."""
         import torch
 
         ids = torch.tensor(work.prompts(self._model.config.vocab_size), device=self._device)
-        mask = torch.ones_like(ids)
+        mask, clock = torch.ones_like(ids), _Clock(self._device)
         with torch.inference_mode():
             synchronize(self._device)
             start = time.perf_counter()
-            out = self._model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **self._options)
+            out = self._model.generate(
+                ids, attention_mask=mask, max_new_tokens=work.new_tokens, stopping_criteria=[clock], **self._options
+            )
             synchronize(self._device)
-            seconds = time.perf_counter() - start
-        if out.shape[1] != work.prompt_len + new_tokens:
+            end = time.perf_counter()
+        if out.shape[1] != work.prompt_len + work.new_tokens:
             made = out.shape[1] - work.prompt_len
-            raise BackendError(f"{self.name} made {made} tokens instead of {new_tokens}: it cannot be compared")
-        return seconds
+            raise BackendError(f"{self.name} made {made} tokens instead of {work.new_tokens}: it cannot be compared")
+        first, made = clock.times[0], work.batch * (work.new_tokens - 1)
+        return Timing(first - start, end - first, made, gaps([clock.times]) * work.batch)
+
+
+class _Clock:
+    """A stopping criterion that never stops, and notes when it was asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if not self.times:
+            synchronize(self._device)  # the first token is there when it is; of later ones generate itself waits
+        self.times.append(time.perf_counter())
+        return input_ids.new_zeros(input_ids.shape[0], dtype=bool)  # type: ignore[call-overload,no-any-return]
 
 
 def _load_model(source: PeerSource, dtype: torch.dtype) -> Any:
@@ -104,7 +115,7 @@ def _random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
     import torch
     import transformers
 
-    from trtllm_core.cli.shapes import find_shape
+    from trtllm_core.cli.bench.shapes import find_shape
 
     fields = dict(find_shape(shape).config)
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -112,7 +123,13 @@ def _random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-PEERS: dict[str, Callable[[PeerSource, str], Peer]] = {"transformers": TransformersPeer}
+def _llama_cpp(source: PeerSource, device: str) -> Peer:
+    from trtllm_core.cli.bench.llama_cpp import LlamaCppPeer
+
+    return LlamaCppPeer(source, device)
+
+
+PEERS: dict[str, Callable[[PeerSource, str], Peer]] = {"transformers": TransformersPeer, "llama.cpp": _llama_cpp}
 
 
 def load_peer(source: PeerSource, device: str) -> Peer:
@@ -124,20 +141,26 @@ def load_peer(source: PeerSource, device: str) -> Peer:
     return PEERS[source.name](source, device)
 
 
-def peer_source(name: str, checkpoint: Path | None, subject: Subject, config: EngineConfig) -> PeerSource:
+def peer_source(name: str, checkpoint: Path | None, subject: Subject, config: EngineConfig, device: str) -> PeerSource:
     """What a peer loads to have what we have.
 
     Raises:
-        ConfigError: there is no such peer, or no checkpoint for it.
+        ConfigError: there is no such peer, no checkpoint for it, or none that it can run.
     """
     if name not in PEERS:
         raise ConfigError(f"there is no peer {name!r} (known: {listing(PEERS)})")
-    if subject.engine:
-        path = find_checkpoint(checkpoint, Path(subject.engine), config.source)
-        return PeerSource(name, config.model.dtype, str(path))
-    if checkpoint is not None:
-        raise ConfigError("--checkpoint is the weights of an engine's peer: beside --shape, the peer's are random too")
-    return PeerSource(name, config.model.dtype, shape=subject.shape)
+    if subject.shape:
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint is of an engine's peer: beside --shape, the peer's weights are random too")
+        if name == "llama.cpp":
+            raise ConfigError("the peer llama.cpp reads GGUF files: build an engine from one, instead of --shape")
+        return PeerSource(name, config.model.dtype, shape=subject.shape)
+    path = find_checkpoint(checkpoint, Path(subject.engine), config.source)
+    if name == "llama.cpp":
+        from trtllm_core.cli.bench.llama_cpp import check_source
+
+        check_source(path, device)
+    return PeerSource(name, config.model.dtype, str(path))
 
 
 def find_checkpoint(given: Path | None, engine: Path, source: str) -> Path:

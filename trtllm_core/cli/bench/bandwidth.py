@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trtllm_core.cli.measure import synchronize
+from trtllm_core.cli.bench.timing import synchronize
 
 if TYPE_CHECKING:
     import torch
 
-_BYTES = {"cpu": 256 * 1024**2, "cuda": 2 * 1024**3}
+_BYTES = {"cpu": 512 * 1024**2, "cuda": 2 * 1024**3}
 """More than any cache of the device, and on a GPU enough for the start of a kernel not to count."""
 
 
@@ -24,7 +24,8 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     import torch
 
     size = _BYTES.get(device.type, _BYTES["cpu"])
-    source = torch.zeros(size // 4, device=device)
+    # Written once: memory that never was is one page of zeros, which the cache holds.
+    source = torch.ones(size // 4, device=device)
     total = source.new_empty(())
     best = size / _least(lambda: torch.sum(source, 0, out=total), device, repeats)
     half = source.view(2, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trtllm_core.cli.shapes import find_shape
+from trtllm_core.cli.bench.shapes import find_shape
 from trtllm_core.errors import ConfigError
 
 if TYPE_CHECKING:

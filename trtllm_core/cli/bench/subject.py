@@ -33,7 +33,7 @@ class Subject:
             from trtllm_core.engine.directory import read_config
 
             return read_config(Path(self.engine))
-        from trtllm_core.cli.shapes import find_shape
+        from trtllm_core.cli.bench.shapes import find_shape
         from trtllm_core.config import BuildConfig
         from trtllm_core.engine.build import plan_engine
         from trtllm_core.plugin import Plugins
@@ -47,7 +47,7 @@ class Subject:
 
         if self.engine:
             return ModelRunner.from_dir(self.engine, device=device)
-        from trtllm_core.cli.random_engine import random_runner
+        from trtllm_core.cli.bench.random_engine import random_runner
 
         return random_runner(self.shape, BuildConfig(**self.limits), device)
 

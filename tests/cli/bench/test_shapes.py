@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from trtllm_core.backends.modules import meta_module, parameter_shapes
-from trtllm_core.cli import shapes
-from trtllm_core.cli.random_engine import random_runner
-from trtllm_core.cli.shapes import SHAPES, find_shape
+from trtllm_core.cli.bench import shapes
+from trtllm_core.cli.bench.random_engine import random_runner
+from trtllm_core.cli.bench.shapes import SHAPES, find_shape
 from trtllm_core.config import BuildConfig
 from trtllm_core.engine.build import plan_engine
 from trtllm_core.errors import ConfigError
@@ -96,7 +96,8 @@ def test_the_peer_of_a_shape_is_random_too(cli: Callable, tiny: str) -> None:
         (("engine", "--dtype", "float32"), "an engine has its own"),
         (("--shape", "llama-9"), "there is no shape 'llama-9' (known: "),
         (("--shape", "gpt2", "--prompt-len", "2000"), "beyond the 1024 positions"),
-        (("--shape", "gpt2", "--peer", "transformers", "--checkpoint", "x"), "the peer's are random too"),
+        (("--shape", "gpt2", "--peer", "llama.cpp"), "reads GGUF files"),
+        (("--shape", "gpt2", "--peer", "transformers", "--checkpoint", "x"), "the peer's weights are random too"),
     ],
 )
 def test_what_a_shape_cannot_be(cli: Callable, arguments: tuple[str, ...], message: str) -> None:

@@ -1,0 +1,290 @@
+"""The command line of ``trtllm-core bench``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from trtllm_core.cli.bench import report, serving
+from trtllm_core.cli.bench.bandwidth import read_bandwidth
+from trtllm_core.cli.bench.footprint import Footprint, Job, forget_device_peak, measure, of_this_process
+from trtllm_core.cli.bench.limits import decode_limit
+from trtllm_core.cli.bench.peers import Peer, PeerSource, load_peer, peer_source
+from trtllm_core.cli.bench.plot import check_plot, plot_rows
+from trtllm_core.cli.bench.rows import Row, batch_speedup
+from trtllm_core.cli.bench.subject import Subject, subject_of
+from trtllm_core.cli.bench.timing import time_engine
+from trtllm_core.cli.bench.trace import Trace, make_trace, parse_range, read_trace
+from trtllm_core.cli.bench.workloads import Lengths, Workload
+from trtllm_core.cli.console import print_json, print_note, stderr
+from trtllm_core.cli.options import parse_sizes, takes
+from trtllm_core.errors import ConfigError
+from trtllm_core.version import __version__
+
+if TYPE_CHECKING:
+    from trtllm_core.runner import ModelRunner
+
+Mode = Literal["latency", "prefill", "throughput"]
+BUSY = 0.5
+"""Of our threads: as much work of others spoils a measurement. Threads that wait for each other suffer most."""
+
+
+def _option(text: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+@dataclass(frozen=True)
+class SubjectOptions:
+    """What is measured."""
+
+    shape: Annotated[
+        str | None, _option("Instead of ENGINE: random weights of a model such as llama-3-8b.", "What")
+    ] = None
+    dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
+    peer: Annotated[str | None, _option("Compare with it: transformers, llama.cpp.", "What")] = None
+    checkpoint: Annotated[Path | None, _option("The peer's weights (default: beside the engine).", "What")] = None
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """Which work."""
+
+    batch: Annotated[str | None, _option("Batch sizes, such as 1,8,64 (default: 1,8; prefill: 1).", "Work")] = None
+    prompt_len: Annotated[str | None, _option("Prompts when decoding, such as 128,512 (default: 128).", "Work")] = None
+    new_tokens: Annotated[str | None, _option("Tokens to decode, such as 64,256 (default: 64).", "Work")] = None
+    prefill_len: Annotated[str | None, _option("Prompts when reading (default: 512).", "Work")] = None
+
+    def lengths(self, mode: Mode) -> Lengths:
+        """The grid of workloads."""
+        batches = None if self.batch is None else parse_sizes(self.batch, "--batch")
+        prompts = None if self.prompt_len is None else parse_sizes(self.prompt_len, "--prompt-len")
+        outputs = [64] if self.new_tokens is None else parse_sizes(self.new_tokens, "--new-tokens")
+        prefills = None if self.prefill_len is None else parse_sizes(self.prefill_len, "--prefill-len")
+        if min(outputs) < 2:
+            raise ConfigError("--new-tokens: decoding is what comes after the first token, so at least 2")
+        if mode == "prefill":
+            if self.prompt_len is not None or self.new_tokens is not None:
+                raise ConfigError("--mode prefill decodes nothing: it takes --batch and --prefill-len")
+            return Lengths(batches=(), prefills=prefills, prefill_batches=batches or (1,))
+        return Lengths(batches, prompts, outputs, prefills)
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Of ``--mode throughput``."""
+
+    requests: Annotated[int | None, _option("How many (default: 32).", "Throughput")] = None
+    prompts: Annotated[str | None, _option("Range of their prompts (default: 32-512).", "Throughput")] = None
+    outputs: Annotated[str | None, _option("Range of their new tokens (default: 64-256).", "Throughput")] = None
+    rate: Annotated[
+        float | None, _option("Requests a second, as they come at random (default: all at once).", "Throughput")
+    ] = None
+    trace: Annotated[Path | None, _option("Instead: a file of requests, one JSON object a line.", "Throughput")] = None
+    slots: Annotated[int | None, _option("Of random weights: sequences that run together.", "Throughput")] = None
+
+    def given(self) -> list[str]:
+        """Names of the options that were set."""
+        return ["--" + name for name, value in asdict(self).items() if value is not None]
+
+    def make(self) -> Trace:
+        """The requests.
+
+        Raises:
+            ConfigError: a file and a description of another trace; or a range or number that cannot be.
+        """
+        if self.trace is not None:
+            others = [name for name in self.given() if name not in ("--trace", "--slots")]
+            if others:
+                raise ConfigError(f"--trace says all of the requests: leave {', '.join(others)} out")
+            return read_trace(self.trace)
+        count = 32 if self.requests is None else self.requests
+        if count < 1 or (self.rate is not None and not self.rate > 0):
+            raise ConfigError("--requests and --rate are above 0")
+        prompts = parse_range(self.prompts or "32-512", "--prompts")
+        return make_trace(count, prompts, parse_range(self.outputs or "64-256", "--outputs"), self.rate)
+
+
+@takes(what=SubjectOptions, work=WorkOptions, served=TraceOptions)
+def bench(
+    what: SubjectOptions,
+    work: WorkOptions,
+    served: TraceOptions,
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="[ENGINE]", help="An engine that `trtllm-core build` made.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="latency (a prompt, then decoding at each batch size), prefill or throughput.")
+    ] = "latency",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's).", min=1)] = None,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, on the CPU in processes of their own.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the numbers, a PNG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure prefill, decoding, serving and memory, side by side with a peer on the same weights and threads."""
+    import torch
+
+    _check_mode(mode, served, work, what, plot)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = _Run(repeats, threads, device, memory, _load_average())
+    if mode == "throughput":
+        trace = served.make()
+        slots = served.slots or min(len(trace.requests), 256)
+        subject = subject_of(engine, what.shape, what.dtype, trace.limits(slots))
+        if served.slots is not None and subject.engine:
+            raise ConfigError("--slots is for random weights (--shape): an engine was built for its own")
+        found = _throughput(run, subject, trace)
+    else:
+        lengths = work.lengths("prefill" if mode == "prefill" else "latency")
+        subject = subject_of(engine, what.shape, what.dtype, lengths.limits())
+        found = _latency(run, subject, lengths, what.peer, what.checkpoint)
+        if plot is not None:
+            plot_rows(found, plot)
+    if as_json:
+        print_json(found)
+    elif mode == "throughput":
+        report.print_throughput(found)
+    else:
+        report.print_latency(found)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How the work is run."""
+
+    repeats: int
+    threads: int | None
+    device: str
+    memory: bool
+    load: float
+    """Threads that wanted to run just before, on average: other people's work."""
+
+    def warn(self) -> None:
+        """Say that the machine does other work too, where it does."""
+        import torch
+
+        if self.load > BUSY * torch.get_num_threads():
+            print_note(
+                f"this machine is busy (load average {self.load:.1f} with {torch.get_num_threads()} threads to use): "
+                "neither rates nor ratios mean much"
+            )
+
+    def about(self, subject: Subject, runner: ModelRunner) -> dict[str, Any]:
+        """What belongs beside any figure."""
+        import torch
+
+        return {
+            "name": subject.name,
+            "engine": subject.engine or None,
+            "shape": subject.shape or None,
+            "backend": runner.config.backend.name,
+            "dtype": runner.config.model.dtype,
+            "quantization": runner.config.quantization,
+            "device": str(runner.device),
+            "device_name": _device_name(runner.device),
+            "threads": torch.get_num_threads(),
+            "trtllm_core": __version__,
+            "torch": torch.__version__,
+            "repeats": self.repeats,
+            "load_average": self.load,
+        }
+
+
+def _latency(
+    run: _Run, subject: Subject, lengths: Lengths, peer: str | None, checkpoint: Path | None
+) -> dict[str, Any]:
+    config = subject.config()
+    works = lengths.workloads(config.build)
+    source = None if peer is None else peer_source(peer, checkpoint, subject, config, run.device)
+    run.warn()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:
+        task = bar.add_task("memory")
+        # First, while this process holds nothing: two copies of a large model may not fit on one GPU. There, PyTorch
+        # counts by itself what is allocated, so that without a peer this process tells as much as another.
+        aside = run.memory and (source is not None or not run.device.startswith("cuda"))
+        memory = _memory(subject, works, run, source) if aside else {}
+        bar.update(task, description="loading")
+        runner = subject.load(run.device)
+        other = None if source is None else load_peer(source, run.device)
+        bandwidth = read_bandwidth(runner.device)
+        forget_device_peak(runner.device)
+        rows = [Row(work, decode_limit(runner, work, bandwidth)) for work in works]
+        for row in rows:
+            bar.update(task, description=row.work.name)
+            _time(row, runner, other, run.repeats)
+        if run.memory and not aside:
+            memory = {"ours": of_this_process(runner)}
+    return {
+        **run.about(subject, runner),
+        "peer": None if other is None else other.name,
+        "read_bandwidth": bandwidth,
+        "batch_speedup": batch_speedup(rows),
+        "rows": [row.record() for row in rows],
+        "memory": {name: asdict(found) for name, found in memory.items()},
+    }
+
+
+def _throughput(run: _Run, subject: Subject, trace: Trace) -> dict[str, Any]:
+    subject.config()  # what cannot be is refused first
+    run.warn()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:
+        bar.add_task("serving")
+        runner = subject.load(run.device)
+        runs = [serving.serve(runner, trace) for _ in range(run.repeats + 1)][1:]
+    slots = runner.config.build.max_batch_size
+    return {**run.about(subject, runner), "slots": slots, **serving.record(trace, runs)}
+
+
+def _check_mode(mode: str, served: TraceOptions, work: WorkOptions, what: SubjectOptions, plot: Path | None) -> None:
+    """Refuse options that the mode would not honour."""
+    if mode not in ("latency", "prefill", "throughput"):
+        raise ConfigError(f"--mode {mode}: it is latency, prefill or throughput")
+    if mode != "throughput":
+        if given := served.given():
+            raise ConfigError(f"{', '.join(given)} need --mode throughput")
+    else:
+        given = ["--" + name.replace("_", "-") for name, value in asdict(work).items() if value is not None]
+        given += [name for name, value in (("--peer", what.peer), ("--plot", plot)) if value is not None]
+        if given:
+            raise ConfigError(f"--mode throughput does not take {', '.join(given)}")
+    if plot is not None:
+        check_plot(plot)
+
+
+def _memory(subject: Subject, works: list[Workload], run: _Run, peer: PeerSource | None) -> dict[str, Footprint]:
+    """Ours, then the peer's."""
+    found = {"ours": measure(Job(subject.as_json(), works, run.threads, run.device))}
+    if peer is not None:
+        found[peer.name] = measure(Job(subject.as_json(), works, run.threads, run.device, asdict(peer)))
+    return found
+
+
+def _time(row: Row, runner: ModelRunner, peer: Peer | None, repeats: int) -> None:
+    """Ours and the peer's in turns, so that a change of the machine's mood meets both. The first turn warms up."""
+    for turn in range(repeats + 1):
+        ours = time_engine(runner, row.work)
+        theirs = None if peer is None else peer.time(row.work)
+        if turn:
+            row.ours.append(ours)
+            row.peer += [] if theirs is None else [theirs]
+
+
+def _load_average() -> float:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return 0.0
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

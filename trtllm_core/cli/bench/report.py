@@ -1,0 +1,69 @@
+"""The numbers of ``bench`` for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_core.cli.console import print_facts, print_table, size
+
+
+def print_latency(found: dict[str, Any]) -> None:
+    """Rates beside the limit and the peer, waiting times, and memory."""
+    peer = (found["peer"] or "").split(" ")[0]
+    waits = ["first token", *([f"{peer}'s"] if peer else []), "between, p50", "p99"]
+    headers = ["tokens/s", "ours", *([peer, "ratio"] if peer else []), "limit", "of limit", *waits]
+    cells = []
+    for row in found["rows"]:
+        theirs = [_number(row["peer"]), _number(row["ratio"], "x", 2)] if peer else []
+        share = None if row["of_limit"] is None else 100 * row["of_limit"]
+        wait = [_ms(row["first_token_ms"]), *([_ms(row["peer_first_token_ms"])] if peer else [])]
+        wait += [_ms(row["between_p50_ms"]), _ms(row["between_p99_ms"])]
+        cells.append([row["name"], _number(row["ours"]), *theirs, _number(row["limit"]), _number(share, "%", 0), *wait])
+    print_table(headers, cells, f"{_title(found)}, medians of {found['repeats']}")
+    speedup, lines = found["batch_speedup"], list[tuple[str, str]]()
+    if peer:
+        lines.append(("peer", found["peer"]))
+    if speedup is not None:
+        lines.append(("batching", f"the largest batch decodes {speedup:.2f} times as fast as batch 1"))
+    if any(row["limit"] for row in found["rows"]):
+        lines.append(("limit", f"weights and KV read once a step at {found['read_bandwidth'] / 1e9:.1f} GB/s"))
+    for name, one in found["memory"].items():
+        lines += _memory(name, one, found["device"])
+    print_facts(lines)
+
+
+def print_throughput(found: dict[str, Any]) -> None:
+    """What a trace of requests came to."""
+    over = "all at once" if not found["arrivals_over_s"] else f"over {found['arrivals_over_s']:.1f} s"
+    prompts, new = found["prompt_tokens"], found["new_tokens"]
+    print_facts(
+        [
+            ("measured", f"{_title(found)}, medians of {found['repeats']}"),
+            ("requests", f"{found['requests']} {over}: {prompts} prompt tokens, {new} new ones"),
+            ("slots", f"{found['slots']} sequences run together"),
+            ("output", f"{found['output_tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s"),
+            ("first token", f"p50 {_ms(found['first_token_p50_ms'])}, p99 {_ms(found['first_token_p99_ms'])}"),
+            ("between tokens", f"p50 {_ms(found['between_p50_ms'])}, p99 {_ms(found['between_p99_ms'])}"),
+        ]
+    )
+
+
+def _title(found: dict[str, Any]) -> str:
+    return f"{found['name']}: {found['dtype']} on {found['device']}, {found['threads']} threads"
+
+
+def _memory(name: str, found: dict[str, Any], device: str) -> list[tuple[str, str]]:
+    on_device = found["device_peak"]
+    own = f", of which {size(found['weights'])} weights and {size(found['kv'])} KV" if found["weights"] else ""
+    base = f"{size(found['imported'])} before loading"
+    if on_device:
+        return [(f"peak memory, {name}", f"{size(on_device)} on {device}{own}")]
+    return [(f"peak memory, {name}", f"{size(found['peak'])} resident ({base}{own})")]
+
+
+def _number(value: float | None, unit: str = "", digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _ms(value: float | None) -> str:
+    return _number(value, " ms")
