@@ -78,7 +78,9 @@ def main() -> None:
             profile = cProfile.Profile() if options.profile else None
             taken = [second for _ in range(options.repeats) for second in steps_of(batch, way, profile)]
             quick = sorted(taken)[len(taken) // 10]
-            print(f"{way:8} batch {batch:4}: median {statistics.median(taken) * 1e6:7.0f} µs, tenth {quick * 1e6:7.0f} µs")
+            print(
+                f"{way:8} batch {batch:4}: median {statistics.median(taken) * 1e6:7.0f} µs, tenth {quick * 1e6:7.0f} µs"
+            )
             if profile is not None:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(45)
 

@@ -305,7 +305,7 @@ class GenerationSession(EngineProperties):
         config = with_window(self.kv_config, *window, engine, self.plugins)
         if config != self._cache_config:
             self._batch.check_idle()
-            self.loop.cache = make_cache(config, engine, self.plugins, self.loop.branches.slots.tokens)
+            self.loop.use(make_cache(config, engine, self.plugins, self.loop.branches.slots.tokens))
             self.loop.branches.planner.follow(self.loop.cache.plan.rewindable)
             self._cache_config = config
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,24 +14,11 @@ from trtllm_core.decoding.plan import Plan, PlanItem
 from trtllm_core.decoding.positions import Positions, with_copies
 from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
+from trtllm_core.feeding import Feed, Rows
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import Plugins
 from trtllm_core.session import Session
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What a step runs, packed: ``counts[i]`` next tokens of slot ``slots[i]``, one row after another."""
-
-    slots: np.ndarray
-    """int64 ``[rows]``."""
-    counts: np.ndarray
-    """int64 ``[rows]``."""
-    asking: np.ndarray
-    """bool ``[rows]``: rows whose last known token is among them, so that a next one can be chosen."""
-    drafts: np.ndarray | None = None
-    """int64 ``[asking]``: how many of the tokens are drafts, behind the last known one; None: none."""
 
 
 class StepLoop:
@@ -47,13 +33,19 @@ class StepLoop:
         self.session = session
         packed = session.config.contract == "packed_paged"
         self.engine: Session | PaddedRuns = session if packed else PaddedRuns(session)
-        self.cache = cache
         self.branches = branches
         self.plugins = plugins
         self.steps = 0
         self._vocab_size = config.model.vocab_size
         self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
         self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
+        self.use(cache)
+
+    def use(self, cache: KVCache) -> None:
+        """Run on this cache from now on. Nothing may run while it changes."""
+        build = self.session.config.build
+        self.cache = cache
+        self._feed = Feed(build.max_branches, build.max_num_tokens, cache, self.branches)
 
     def check(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
         """The plan of a request that has not started. Changes nothing; ``beside`` as for ``Planner.plan``.
@@ -184,6 +176,8 @@ class StepLoop:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
         known = self.branches.slots.lengths[slot]
         left = known - self.cache.cached[slot] - count
+        if not left.any():
+            return Rows(slot, count, left == 0, steady=bool((count == 1).all()))
         if left.min() >= 0:
             return Rows(slot, count, left == 0)
         for each, length, drafted in zip(slots, known.tolist(), (-left).tolist(), strict=True):
@@ -195,37 +189,20 @@ class StepLoop:
 
     def _run(self, rows: Rows) -> torch.Tensor:
         """Logits of the asking rows' positions, float32 ``[n, vocab_size_padded]``."""
-        past = self.cache.cached[rows.slots]
-        ends = np.cumsum(rows.counts)
-        row = np.repeat(np.arange(len(rows.slots)), rows.counts)
-        position = np.arange(len(row)) - (ends - rows.counts - past)[row]
-        ids = self.branches.slots.tokens[rows.slots[row], position]
-        further = self.branches.conditions.inputs(rows.slots, row, ids)
-        asked = ends[rows.asking] - 1
-        if rows.drafts is not None:
-            asked = np.concatenate([np.arange(e - d, e + 1) for e, d in zip(asked, rows.drafts, strict=True)])
-        owner, gathering = rows.slots[row], self.branches.gathering
-        kept = gathering.asked(owner, position)
-        given = asked if kept is None else np.union1d(asked, kept)
-        arrays = {
-            "input_ids": ids,
-            "position_ids": position,
-            "query_lengths": rows.counts.astype(np.int32),
-            "past_lengths": (past - self.cache.dropped[rows.slots]).astype(np.int32),
-            "block_tables": self.cache.tables[rows.slots],
-            "logits_indices": given,
-        }
-        if kept is None and len(given) > len(self._logits):  # a verify step, with more positions than any before
-            self._logits = self._logits.new_zeros(1 << (len(given) - 1).bit_length(), self._logits.shape[1])
-        logits = self._logits[: len(given)]
-        if kept is not None:
-            logits = torch.empty(len(given), self._logits.shape[1], device=self.session.device)
-        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()} | further
-        self.engine.run(inputs, {"logits": logits})
+        fed = self._feed.fill(rows)
+        if fed.prompts is not None:
+            logits = torch.empty(fed.given, self._logits.shape[1], device=self.session.device)
+        else:
+            if fed.given > len(self._logits):  # a verify step, with more positions than any before
+                self._logits = self._logits.new_zeros(1 << (fed.given - 1).bit_length(), self._logits.shape[1])
+            logits = self._logits[: fed.given]
+        self.engine.run(fed.inputs, {"logits": logits})
         if self._vocab_size < logits.shape[1]:
             logits[:, self._vocab_size :] = torch.finfo(torch.float32).min
-        if kept is None:
+        if fed.prompts is None:
             return logits
-        place = torch.from_numpy(np.searchsorted(given, kept)).to(logits.device)
-        gathering.keep(owner[kept], position[kept], logits[place])
-        return logits[torch.from_numpy(np.searchsorted(given, asked)).to(logits.device)]
+        assert fed.chosen_from is not None
+        places = (torch.from_numpy(place).to(logits.device) for place in (fed.prompts.place, fed.chosen_from))
+        kept, chosen_from = (logits[place] for place in places)
+        self.branches.gathering.keep(fed.prompts.owner, fed.prompts.position, kept)
+        return chosen_from

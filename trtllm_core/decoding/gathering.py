@@ -79,6 +79,11 @@ class Gathering:
         self._prompts.pop(slot, None)
         self._choosing.discard(slot)
 
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether the logits of some prompt are wanted yet."""
+        return bool(self._prompts)
+
     def asked(self, owner: np.ndarray, position: np.ndarray) -> np.ndarray | None:
         """Which of a step's tokens give logits that a prompt wants, int64 ``[n]``; None: none.
 
