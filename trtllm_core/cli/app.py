@@ -14,6 +14,7 @@ from trtllm_core.cli.conform import conform
 from trtllm_core.cli.console import print_error
 from trtllm_core.cli.doctor import doctor
 from trtllm_core.cli.explain import explain
+from trtllm_core.cli.inspect import inspect
 from trtllm_core.cli.new_plugin import new_plugin
 from trtllm_core.cli.plan import plan
 from trtllm_core.cli.plugins import plugins
@@ -64,5 +65,5 @@ def _main(
     """LLM inference whose every part is a plugin."""
 
 
-for command in (build, run, bench, plugins, explain, plan, doctor, conform, new_plugin, bench_plugin):
+for command in (build, run, bench, plugins, explain, plan, inspect, doctor, conform, new_plugin, bench_plugin):
     app.command()(command)

@@ -54,7 +54,7 @@ def plan_engine_directory(directory: Path, options: BuildOptions) -> tuple[Engin
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"{directory} is built already: {names} can be planned for a checkpoint only")
     config = read_config(directory)
-    return config, plan_memory(config, [file.bytes for file in config.ranks])
+    return config, plan_memory(config, [file.total_bytes for file in config.ranks])
 
 
 def plan_checkpoint(path: Path, options: BuildOptions) -> tuple[EngineConfig, MemoryPlan]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trtllm_core.errors import CheckpointError, EngineCorruptError, listing
+from trtllm_core.plugin import StoredTensor
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -134,6 +135,22 @@ def places(path: Path) -> dict[str, tuple[int, int]]:
         for name, item in header.items()
         if name != "__metadata__"
     }
+
+
+def stored_tensors(path: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a safetensors file as its header tells of them, in the order in which they lie there.
+
+    Raises:
+        EngineCorruptError: as for ``Weights``.
+    """
+    read_metadata(path)
+    header, _ = _header(map_file(path))
+    items = [(name, item) for name, item in header.items() if name != "__metadata__"]
+    items.sort(key=lambda pair: pair[1]["data_offsets"])
+    return tuple(
+        StoredTensor(name, item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+        for name, item in items
+    )
 
 
 def map_file(path: Path) -> memoryview:

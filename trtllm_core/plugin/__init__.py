@@ -56,6 +56,7 @@ from trtllm_core.plugin.decoder import (
 )
 from trtllm_core.plugin.eviction import CachedBlock, EvictionOrder
 from trtllm_core.plugin.family import CheckpointView, ModelFamily, Piece, Weight
+from trtllm_core.plugin.inspection import Finding, Inspection, LayerGroup, StoredTensor
 from trtllm_core.plugin.kv_policy import (
     Admission,
     Edits,
@@ -142,10 +143,12 @@ __all__ = [
     "Entry",
     "EvictionOrder",
     "Executable",
+    "Finding",
     "FinishReason",
     "HostLogitsProcessor",
     "HostStoppingCriterion",
     "Hypothesis",
+    "Inspection",
     "KVBudget",
     "KVModel",
     "KVPlan",
@@ -154,6 +157,7 @@ __all__ = [
     "KVPolicySpecs",
     "KVStatistics",
     "KVUsage",
+    "LayerGroup",
     "LogitsBatch",
     "LogitsCapabilities",
     "LogitsProcessor",
@@ -185,6 +189,7 @@ __all__ = [
     "StoppingCriterion",
     "StoppingCriterionRegistrar",
     "StoppingCriterionSpecs",
+    "StoredTensor",
     "Survivors",
     "TensorSpec",
     "Weight",

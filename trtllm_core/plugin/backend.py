@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trtllm_core.errors import BackendError
+from trtllm_core.plugin.inspection import Finding, Inspection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,6 +202,26 @@ class Backend(ABC):
     def config_of(self, source: Path | bytes | memoryview) -> EngineConfig | None:
         """The ``EngineConfig`` that a serialised engine carries in itself, if it carries one."""
         return None
+
+    def inspect(self, path: Path, config: EngineConfig, family: ModelFamily) -> Inspection:
+        """What one rank's engine is made of, read from its files: nothing is run, and no GPU is needed.
+
+        Args:
+            path: of the rank's file, in its engine directory.
+            config: of the engine.
+            family: of its model.
+
+        Raises:
+            EngineCorruptError: the files cannot be read.
+        """
+        return Inspection(f"the backend {self.name!r} tells nothing of its engines' insides")
+
+    def diagnose(self, path: Path, config: EngineConfig) -> Sequence[Finding]:
+        """What could keep one rank's engine from running here, for ``trtllm-core doctor``. Never raises.
+
+        Sizes of files, plugins and memory have been looked at before.
+        """
+        return ()
 
 
 def input_specs(specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:

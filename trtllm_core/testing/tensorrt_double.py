@@ -45,6 +45,14 @@ class EngineValidity(enum.Enum):
     INVALID = 2
 
 
+class EngineInvalidityDiagnostics(enum.IntFlag):
+    """Why an engine is invalid."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    MALFORMED_ENGINE = 32
+
+
 class CudaGraphStrategy(enum.Enum):
     """As tensorrt_rtx has it."""
 
@@ -84,8 +92,10 @@ class Runtime:
         try:
             version = json.loads(bytes(plan))["version"]
         except ValueError:
-            return EngineValidity.INVALID, 1
-        return (EngineValidity.VALID, 0) if version == __version__ else (EngineValidity.INVALID, 2)
+            return EngineValidity.INVALID, EngineInvalidityDiagnostics.MALFORMED_ENGINE
+        if version != __version__:
+            return EngineValidity.INVALID, EngineInvalidityDiagnostics.VERSION_MISMATCH
+        return EngineValidity.VALID, 0
 
     def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
         """The engine; None where the bytes are none."""
@@ -100,6 +110,7 @@ class Engine:
     """``ICudaEngine``."""
 
     def __init__(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> None:
+        self.graph = graph
         self.session = open_session(graph)
         self._inputs = {one.name: one for one in self.session.get_inputs()}
         self._outputs = {one.name: one for one in self.session.get_outputs()}
@@ -133,6 +144,13 @@ class Engine:
         fixed = self.get_tensor_shape(name)
         least, usual, most = self._profiles[profile].get(name, (fixed, fixed, fixed))
         return tuple(least), tuple(usual), tuple(most)
+
+    streamable_weights_size = 0
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        """Of activations: here so many bytes as tokens in the profile's largest batch, whole pages of 256."""
+        rows, tokens = self.get_tensor_profile_shape("input_ids", profile)[2]
+        return -(-rows * tokens // 256) * 256
 
     def create_runtime_config(self) -> RuntimeConfig:
         """``IRuntimeConfig``."""
@@ -176,14 +194,17 @@ class RuntimeCache:
 
 
 class Inspector:
-    """``EngineInspector``: the names of tensors stand for layers."""
+    """``EngineInspector``: the graph's nodes stand for layers."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def get_engine_information(self, form: LayerInformationFormat) -> str:
-        """JSON."""
-        return json.dumps({"Layers": [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]})
+        """JSON, as of a plan that was built with detailed verbosity."""
+        import onnx
+
+        nodes = onnx.load(self._engine.graph, load_external_data=False).graph.node
+        return json.dumps({"Layers": [{"Name": node.name, "LayerType": node.op_type} for node in nodes]})
 
 
 class Context:

@@ -136,7 +136,9 @@ def test_another_version_of_a_plan(make_graph: Any) -> None:
     config: EngineConfig = graph.config.replace(record={"module": "tensorrt", "version": "11.0.0"})
     with pytest.raises(EngineVersionError, match=r"pip install tensorrt==11\.0\.0, or build it again"):
         check_version(config, "11.1.0")
-    with pytest.raises(EngineUnsupportedError, match="cannot run this engine on this machine"):
+    with pytest.raises(
+        EngineUnsupportedError, match="cannot run this engine on this machine: it is of another version"
+    ):
         TensorRTRuntime(double, double.serialise(graph.path, [], version="11.0.0"))
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trtllm_core import KVCacheConfig, ModelRunner, Plugins, SamplingConfig, build_engine
-from trtllm_core.backends.tensorrt.build import profile_sizes
 from trtllm_core.backends.tensorrt.executable import TensorRTExecutable
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
+from trtllm_core.backends.tensorrt.profiles import profile_shapes
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import BuildConfig, EngineConfig
 from trtllm_core.errors import BackendError, ConfigError
@@ -53,19 +53,8 @@ def onnx_directory(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, p
 def doubled(graph: Any) -> TensorRTExecutable:
     """An engine that the double runs, with the profiles that a build gives it."""
     config: EngineConfig = graph.config
-    build, model = config.build, config.model
-    rows = build.max_batch_size
-    cache = (rows, model.num_kv_heads, build.max_seq_len, model.head_size)
-    profiles = []
-    for tokens, asked in profile_sizes(build, TensorRTOptions()):
-        most = {"input_ids": (rows, tokens), "write_indices": (rows,), "logit_indices": (rows, asked)}
-        most |= {f"past_{what}_{i}": cache for i in range(model.num_layers) for what in ("key", "value")}
-        free = {"input_ids": 2, "logit_indices": 2, "write_indices": 1}
-        least = {n: tuple(1 if i < free.get(n, 1) else s for i, s in enumerate(shape)) for n, shape in most.items()}
-        profiles.append({name: (least[name], shape, shape) for name, shape in most.items()})
-    return TensorRTExecutable(
-        config, TensorRTRuntime(double, double.serialise(graph.path, profiles)), torch.device("cpu")
-    )
+    plan = double.serialise(graph.path, list(profile_shapes(config, TensorRTOptions())))
+    return TensorRTExecutable(config, TensorRTRuntime(double, plan), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "lower_right", "mask"])

@@ -17,7 +17,7 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
     ``cache_rows`` says which rows of the caches the batch is, one after another: a slot is a row.
     """
     build = config.build
-    rows, tokens = build.max_batch_size * build.max_beam_width, build.max_seq_len
+    rows, tokens = build.max_branches, build.max_seq_len
     return (
         TensorSpec("input_ids", "int64", ("batch", "tokens"), True, (1, 1), (rows, tokens)),
         TensorSpec("write_indices", "int64", ("batch",), True, (1,), (rows,)),

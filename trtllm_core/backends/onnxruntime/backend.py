@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from pydantic import Field
 
 from trtllm_core.backends.linear.limits import check_limits
 from trtllm_core.config import Config, EngineConfig
-from trtllm_core.errors import ConfigError, EngineUnsupportedError, listing
-from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
+from trtllm_core.engine.weights import stored_tensors
+from trtllm_core.errors import ConfigError, EngineCorruptError, EngineUnsupportedError, listing
+from trtllm_core.plugin import Availability, Backend, BuiltRank, Finding, Inspection, ModelFamily
 from trtllm_core.plugin.backend import Progress
 
 if TYPE_CHECKING:
@@ -90,6 +93,46 @@ class OnnxRuntimeBackend(Backend):
         if not isinstance(source, Path):
             raise EngineUnsupportedError("an onnxruntime engine is loaded by its path: its weights lie beside it")
         return OnnxRuntimeExecutable(config, source, threads)
+
+    def inspect(self, path: Path, config: EngineConfig, family: ModelFamily) -> Inspection:
+        """See ``Backend``: the layers are the graph's nodes."""
+        from trtllm_core.backends.linear.inspecting import graph_layers, graph_tensors, read_graph
+
+        return Inspection(
+            "the ONNX graph, and the header of the weights' file beside it",
+            graph_tensors(config),
+            graph_layers(read_graph(path)),
+            weights=stored_tensors(path.with_suffix(".safetensors")),
+        )
+
+    def diagnose(self, path: Path, config: EngineConfig) -> list[Finding]:
+        """See ``Backend``: the graph against its contract and its weights, and versions."""
+        from trtllm_core.backends.linear.inspecting import graph_problems, read_graph
+
+        if not self.probe().available:
+            return []  # which was told already
+        built, running = config.record.get("onnxruntime"), version("onnxruntime")
+        findings = [_compare(built, running)]
+        if find_spec("onnx") is None:
+            return [*findings, Finding("warning", path.name, "not looked into: pip install onnx")]
+        try:
+            problems = graph_problems(read_graph(path), path.parent, config)
+        except EngineCorruptError as error:
+            problems = [str(error)]
+        if problems:
+            findings.append(Finding("problem", path.name, "; ".join(problems) + "; build the engine again"))
+        else:
+            findings.append(Finding("ok", path.name, "a graph of the padded, linear contract, all its weights there"))
+        return findings
+
+
+def _compare(built: str | None, running: str) -> Finding:
+    if built == running:
+        return Finding("ok", "onnxruntime", f"{running}, as when it was built")
+    if built is not None and Version(built) > Version(running):
+        cure = f"pip install onnxruntime=={built} if it cannot be loaded"
+        return Finding("warning", "onnxruntime", f"built with {built}, and the older {running} is installed; {cure}")
+    return Finding("ok", "onnxruntime", f"{running}; built with {built}, whose graphs it reads")
 
 
 def _check_build(config: EngineConfig) -> OnnxRuntimeOptions:

@@ -17,9 +17,9 @@ from trtllm_core.backends.tensorrt.options import TensorRTOptions
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.weights import Weights, map_file
-from trtllm_core.errors import ConfigError, EngineUnsupportedError, EngineVersionError, listing
+from trtllm_core.errors import ConfigError, EngineUnsupportedError, EngineVersionError, TrtllmCoreError, listing
 from trtllm_core.nn import Attention
-from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
+from trtllm_core.plugin import Availability, Backend, BuiltRank, Finding, Inspection, ModelFamily
 from trtllm_core.plugin.backend import Progress
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class TensorRTBackend(Backend):
         file = directory / f"rank{rank}.safetensors"
         graph, kind = write_weights_and_graph(config, family, weights, file, form, _check_attention)
         record: dict[str, Any] = {"module": trt.__name__, "version": trt.__version__, "attention": kind}
-        plan = build_plan(trt, graph, config, options, kind, progress)
+        plan, record["layers"] = build_plan(trt, graph, config, options, kind, progress)
         if options.verify:
             record["verified"] = _verified(graph, file, config, family, replace(form, attention=kind))
         path = file.with_suffix(".engine")
@@ -112,6 +112,35 @@ class TensorRTBackend(Backend):
         plan = map_file(source) if isinstance(source, Path) else source
         runtime = TensorRTRuntime(trt, plan, cache, cuda_graph)
         return TensorRTExecutable(config, runtime, device, load_weights(source, config, runtime, device))
+
+    def inspect(self, path: Path, config: EngineConfig, family: ModelFamily) -> Inspection:
+        """See ``Backend``: by the plan where it can be read, which takes a GPU, else by the record of its build."""
+        from trtllm_core.backends.tensorrt.inspecting import inspect_plan, inspect_record
+
+        try:
+            return inspect_plan(open_plan(path, config), path, config)
+        except TrtllmCoreError as error:
+            return inspect_record(path, config, str(error))
+
+    def diagnose(self, path: Path, config: EngineConfig) -> list[Finding]:
+        """See ``Backend``: versions, the GPU, and what TensorRT says of the plan."""
+        from trtllm_core.backends.tensorrt.diagnosing import diagnose
+
+        return list(diagnose(path, config))
+
+
+def open_plan(path: Path, config: EngineConfig) -> TensorRTRuntime:
+    """The plan, deserialised and not run.
+
+    Raises:
+        EngineError: it cannot be read here.
+        BackendError: TensorRT cannot be loaded.
+    """
+    trt = load_library(config.record.get("module"))
+    check_version(config, trt.__version__)
+    if not torch.cuda.is_available():
+        raise EngineUnsupportedError("TensorRT reads plans on a machine with a CUDA GPU, and PyTorch finds none here")
+    return TensorRTRuntime(trt, map_file(path))
 
 
 def load_weights(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
+from trtllm_core.backends.tensorrt.profiles import input_bounds, profile_sizes
 from trtllm_core.backends.tensorrt.verify import check_network
 from trtllm_core.config import BuildConfig, EngineConfig
 from trtllm_core.errors import ConfigError, EngineUnsupportedError
@@ -24,7 +26,7 @@ def build_plan(
     options: TensorRTOptions,
     kind: Any,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
-) -> Any:
+) -> tuple[Any, dict[str, int]]:
     """The serialised engine, a buffer. The network is checked before it is built: see ``verify``.
 
     Args:
@@ -37,6 +39,9 @@ def build_plan(
 
     Raises:
         EngineUnsupportedError: TensorRT cannot parse the graph or build an engine of it, or the network is wrong.
+
+    Returns:
+        The plan, and how many layers of each kind its network has.
     """
     logger = _make_logger(trt)
     builder = trt.Builder(logger)
@@ -59,29 +64,16 @@ def build_plan(
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
         raise EngineUnsupportedError(f"TensorRT cannot build an engine of the graph: {logger.last or 'see its log'}")
-    return plan
-
-
-def profile_sizes(build: BuildConfig, options: TensorRTOptions) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Most tokens a row, and most logits a row, of the context profile and of the generation profile."""
-    verify = options.max_draft_len + 1
-    context = min(build.max_num_tokens, build.max_input_len)
-    return (context, context if options.gather_all_token_logits else verify), (verify, verify)
+    return plan, dict(Counter(network.get_layer(i).type.name for i in range(network.num_layers)))
 
 
 def _profile(builder: Any, network: Any, build: BuildConfig, tokens: int, asked: int) -> Any:
-    """Sizes of one profile. It is tuned for half a batch of whole rows, and for one token where that is its most."""
-    most = {"input_ids": (build.max_batch_size, tokens), "logit_indices": (build.max_batch_size, asked)}
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         shape = tuple(tensor.shape)
-        if -1 not in shape:
-            continue
-        largest = most.get(tensor.name, (build.max_batch_size, *shape[1:]))
-        smallest = tuple(1 if size == -1 else size for size in shape)
-        usual = tuple(max(1, n // 2) if size == -1 else size for size, n in zip(shape, largest, strict=True))
-        profile.set_shape(tensor.name, smallest, usual, largest)
+        if -1 in shape:
+            profile.set_shape(tensor.name, *input_bounds(tensor.name, shape, build, tokens, asked))
     return profile
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from trtllm_core.backends.tensorrt.validity import validity_problem
 from trtllm_core.errors import BackendError, ConfigError, EngineCorruptError, EngineUnsupportedError
+from trtllm_core.plugin.inspection import Bounds
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool", "uint8")
 
@@ -42,8 +44,8 @@ class TensorRTRuntime:
         self.dtypes: dict[str, torch.dtype] = {n: kinds[engine.get_tensor_dtype(n)] for n in names}
         self.aliases = {n: a for n in self.outputs if (a := engine.get_aliased_input_tensor(n))}
         """Outputs that are updated inputs, and which: both have one address."""
-        self.profiles = [
-            {n: tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(n, i)) for n in self.inputs}
+        self.profiles: list[dict[str, Bounds]] = [
+            {n: _bounds(engine.get_tensor_profile_shape(n, i)) for n in self.inputs}
             for i in range(engine.num_optimization_profiles)
         ]
         """Smallest, usual and largest shape of each input, for each profile."""
@@ -59,13 +61,9 @@ class TensorRTRuntime:
 
     def _deserialise(self, plan: Any) -> Any:
         trt, runtime = self._trt, self._runtime
-        if hasattr(runtime, "get_engine_validity"):
-            validity, diagnostics = runtime.get_engine_validity(plan)
-            if validity == trt.EngineValidity.INVALID:
-                raise EngineUnsupportedError(
-                    f"{trt.__name__} {trt.__version__} cannot run this engine on this machine (diagnostics "
-                    f"{diagnostics}): it is of another version, damaged, or for other GPUs"
-                )
+        problem = validity_problem(trt, runtime, plan)
+        if problem is not None:
+            raise EngineUnsupportedError(problem)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineCorruptError(
@@ -127,6 +125,21 @@ class TensorRTRuntime:
             raise ConfigError(f"the engine cannot infer its shapes: {', '.join(missing)} are not set")
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
 
+    @property
+    def library(self) -> str:
+        """Module and version."""
+        return f"{self._trt.__name__} {self._trt.__version__}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an input or output, -1 where it is not fixed."""
+        return tuple(self.engine.get_tensor_shape(name))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory that an execution of each profile takes beside weights and caches."""
+        count = self.engine.num_optimization_profiles
+        sizes = {f"profile {i}": int(self.engine.get_device_memory_size_for_profile_v2(i)) for i in range(count)}
+        return {**sizes, "streamable weights": int(self.engine.streamable_weights_size)}
+
     def inspect(self) -> str:
         """The engine's layers, as JSON, as the engine inspector tells them."""
         inspector = self.engine.create_engine_inspector()
@@ -164,6 +177,11 @@ class TensorRTRuntime:
             source = self.aliases.get(name)
             if source is not None and tensor.data_ptr() != inputs[source].data_ptr():
                 raise ConfigError(f"{name!r} must be the tensor of {source!r}: the engine updates it in place")
+
+
+def _bounds(shapes: Sequence[Sequence[int]]) -> Bounds:
+    least, usual, most = (tuple(shape) for shape in shapes)
+    return least, usual, most
 
 
 def _admits(bounds: Sequence[Sequence[int]], shape: Sequence[int]) -> bool:

@@ -15,17 +15,18 @@ from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import DTYPES, Kernels
 from trtllm_core.backends.torch.cpu.layers import accelerate
 from trtllm_core.backends.torch.cuda.support import unsupported
-from trtllm_core.backends.torch.executable import TorchExecutable
+from trtllm_core.backends.torch.executable import TorchExecutable, tensor_specs
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
 from trtllm_core.engine.lora import lora_sizes
-from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, write_weights
-from trtllm_core.errors import ConfigError, EngineUnsupportedError, listing
+from trtllm_core.engine.weights import Weights, is_safetensors, read_metadata, stored_tensors, write_weights
+from trtllm_core.errors import ConfigError, EngineError, EngineUnsupportedError, listing
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import Availability, Backend, BuiltRank, ModelFamily
+from trtllm_core.plugin import Availability, Backend, BuiltRank, Finding, Inspection, ModelFamily
 from trtllm_core.plugin.backend import Progress
+from trtllm_core.plugin.inspection import group_layers
 
 _log = logging.getLogger(__name__)
 
@@ -150,6 +151,33 @@ class TorchBackend(Backend):
         """See ``Backend``."""
         engine = read_metadata(source).get("engine") if is_safetensors(source) else None
         return None if engine is None else parse_config(engine, "the config in the engine's metadata")
+
+    def inspect(self, path: Path, config: EngineConfig, family: ModelFamily) -> Inspection:
+        """See ``Backend``: the layers are the leaves of the family's module."""
+        parallel = TensorParallel(int(read_metadata(path).get("rank", 0)), config.build.tp_size)
+        leaves = [
+            (name, type(layer).__name__)
+            for name, layer in meta_module(config, family, parallel).named_modules()
+            if next(layer.children(), None) is None
+        ]
+        return Inspection(
+            "the family's module, and the header of the weights' file",
+            tensor_specs(config),
+            group_layers(leaves),
+            weights=stored_tensors(path),
+        )
+
+    def diagnose(self, path: Path, config: EngineConfig) -> list[Finding]:
+        """See ``Backend``."""
+        try:
+            carried = self.config_of(path)
+        except EngineError as error:
+            return [Finding("problem", path.name, str(error))]
+        if carried is None:
+            return [Finding("problem", path.name, "it carries no engine config: it is no engine of this backend")]
+        if carried.model != config.model:
+            return [Finding("problem", path.name, "it is of another model than config.json: build the engine again")]
+        return [Finding("ok", path.name, f"{config.model.dtype} weights, read on the CPU or on CUDA")]
 
 
 def check_device(device: torch.device, config: EngineConfig, batch_invariant: bool) -> torch.device:
