@@ -7,6 +7,8 @@ added up: one request's token never depends on how much of the vocabulary anothe
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -66,12 +68,38 @@ def largest(logits: torch.Tensor, k: int) -> torch.Tensor:
     return ids.gather(1, _unique(logits, ids).topk(k, dim=1).indices)
 
 
+def border(logits: torch.Tensor, share: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The token at which the running sum of probabilities reaches ``share``, going from the largest logit down.
+
+    Equal logits go by id. ``crossing`` of ``masses``; on a GPU with Triton, in kernels that do not sort.
+
+    Args:
+        logits: float32 ``[n, vocab]``.
+        share: float32 ``[n, 1]`` in (0, 1].
+        weights: ``masses(logits)``, if they are at hand.
+
+    Returns:
+        int64 ``[n, 1]``: ids.
+    """
+    if logits.is_cuda and logits.shape[1] >= _SHORT and logits.stride(1) == 1 and _has_triton():
+        from trtllm_core.decoding.kernels.nucleus import nucleus_border
+
+        return nucleus_border(logits, share)
+    weights = masses(logits) if weights is None else weights
+    return crossing(logits, weights, part(share, weights.sum(dim=1, keepdim=True)))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The token at which a running sum of ``weights`` reaches ``target``, going from the largest value to the smallest.
 
     Equal values go by id. On the CPU, a few of the largest of a long row are tried first, which is nearly always
-    enough, and then a radix search. On a GPU a look at the result would wait for the device, and a sort is cheaper than
-    the many small kernels of a search. The result is the same.
+    enough, and then a radix search. On a GPU a look at the result would wait for the device, so that it sorts: ``border``
+    does without. The result is the same.
 
     Args:
         values: float32 ``[n, vocab]``.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from trtllm_core.decoding.random import batch_uniform, draw_salt
-from trtllm_core.decoding.ranking import crossing, largest, masses, part, reaches
+from trtllm_core.decoding.ranking import border, largest, masses, part, reaches
 from trtllm_core.decoding.state import copy_slots
 from trtllm_core.decoding.top_p_decay import TopPDecay
 from trtllm_core.plugin.decoder import NO_TOKEN, DecoderCapabilities, Sampler
@@ -16,6 +16,10 @@ from trtllm_core.plugin.decoder import NO_TOKEN, DecoderCapabilities, Sampler
 if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
     from trtllm_core.plugin.views import BranchView, DecodingContext, LogitsBatch
+
+
+_NOTHING = 2.0**-60
+"""A share of the probability that the likeliest token alone exceeds."""
 
 
 def log_probs(logits: torch.Tensor, tokens: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,15 +171,13 @@ class TopKTopP(Sampler):
         share = u * self._decay.apply(self._p[batch.slot], batch).unsqueeze(1)
         k = self._k[batch.slot].unsqueeze(1)
         tokens = torch.zeros_like(k)
-        if self._searches or self._walks:
-            weights = masses(logits)
-            nucleus = self._nucleus[batch.slot].unsqueeze(1)
-            if self._searches:
-                target = part(share, weights.sum(dim=1, keepdim=True))
-                # A row that does not search is done at its first token.
-                tokens = crossing(logits, weights, torch.where(nucleus, target, 1))
-            if self._walks:
-                tokens = torch.where(nucleus, tokens, draw(weights, share))
+        nucleus = self._nucleus[batch.slot].unsqueeze(1)
+        weights = masses(logits) if self._walks else None
+        if self._searches:
+            # A row that does not search is done at its first token.
+            tokens = border(logits, torch.where(nucleus, share, _NOTHING), weights)
+        if weights is not None:
+            tokens = torch.where(nucleus, tokens, draw(weights, share))
         if self._width:
             ids = largest(logits, self._width)
             sums = masses(logits.gather(1, ids)).cumsum(dim=1)

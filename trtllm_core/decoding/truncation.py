@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from trtllm_core.decoding.ranking import crossing, largest, masses, part
+from trtllm_core.decoding.ranking import border, crossing, largest, masses, part
 from trtllm_core.decoding.state import copy_slots, per_row
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
 
@@ -93,12 +93,10 @@ class TopP(Truncation):
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         on = (value > 0) & (value < 1)
-        weights = masses(logits)
-        target = part(torch.where(on, value, 2.0**-32), weights.sum(dim=1, keepdim=True))
-        border = crossing(logits, weights, target)
-        least = logits.gather(1, border)
+        last = border(logits, torch.where(on, value, 2.0**-32))
+        least = logits.gather(1, last)
         ids = torch.arange(logits.shape[1], device=logits.device)
-        return ((logits < least) | ((logits == least) & (ids > border))) & on
+        return ((logits < least) | ((logits == least) & (ids > last))) & on
 
 
 class MinP(Truncation):
