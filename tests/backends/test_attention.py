@@ -420,8 +420,11 @@ def test_ranks_have_the_slopes_of_their_heads(size: int) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
-def test_cuda(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    device = torch.device("cuda")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_cuda(name: str, dtype: torch.dtype, tolerance: float, mixed: bool) -> None:
+    device, context = torch.device("cuda"), PagedContext
+    if mixed:
+        context = pytest.importorskip("trtllm_core.backends.torch.cuda.context").MixedContext
     for cut in CUTS.values():
         rows = Rows(layer(**LAYERS[name]), LENGTHS, dtype, device=device)
         if rows.layer.rotary is not None:
@@ -429,4 +432,4 @@ def test_cuda(name: str, dtype: torch.dtype, tolerance: float) -> None:
         if rows.layer.alibi is not None:
             rows.layer.alibi.prepare(device)
         largest = max(x.abs().max().item() for x in rows.qkv)
-        assert off(rows.cut(cut, PagedContext), rows.expected()) < tolerance * largest
+        assert off(rows.cut(cut, context), rows.expected()) < tolerance * largest

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch
+from trtllm_core.backends.torch.cuda.context import MixedContext
 from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
 from trtllm_core.backends.torch.cuda.kernels import attention
 from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, activated
@@ -195,3 +196,28 @@ def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
         y = gemv(x, weight, bias, tiling, residual=given)
         assert y is given
         torch.testing.assert_close(y.double(), plain + bias.double() + residual.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_prompts_chunks_and_decoding_rows_share_a_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PROGRAMS", 4)
+    where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"rotary": 32, "sliding_window": 24}
+    ours, twin = layer(dtype, where, **options), layer(torch.float64, CPU, **options)
+    # One token, a prompt, one token, two prompts, a chunk behind others.
+    lengths, past = torch.tensor([1, 30, 1, 5, 2, 7]).int(), torch.tensor([40, 0, 3, 0, 0, 20]).int()
+    plan = KVPlan(48, 8, 8, KVModel(1, 2, 32, "float32", 0))
+    pools = KVPool(plan, dtype, where), KVPool(plan, torch.float64, CPU)
+    pools[0].storage.normal_()
+    pools[1].storage.copy_(pools[0].storage)
+    inputs = {
+        "query_lengths": lengths,
+        "past_lengths": past,
+        "block_tables": torch.randperm(48).int().view(6, 8),
+    }
+    positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past.tolist(), lengths.tolist(), strict=True)])
+    qkv = torch.randn(len(positions), 8, 32).to(dtype)
+    context = MixedContext(PackedBatch(inputs, plan, where), pools[0], positions.to(where))
+    out = context.attend(ours, qkv.to(where, copy=True)).cpu().double()
+    expected = PagedContext(PackedBatch(inputs, plan, CPU), pools[1], positions).attend(twin, qkv.double())
+    assert (out - expected).norm() / expected.norm() < (1e-2 if device == "cuda" else 1e-5)

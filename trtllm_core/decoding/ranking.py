@@ -98,8 +98,8 @@ def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) 
     """The token at which a running sum of ``weights`` reaches ``target``, going from the largest value to the smallest.
 
     Equal values go by id. On the CPU, a few of the largest of a long row are tried first, which is nearly always
-    enough, and then a radix search. On a GPU a look at the result would wait for the device, so that it sorts: ``border``
-    does without. The result is the same.
+    enough, and then a radix search. On a GPU a look at the result would wait for the device, so that it sorts:
+    ``border`` does without. The result is the same.
 
     Args:
         values: float32 ``[n, vocab]``.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host, is_all, is_decode
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
 
 T = TypeVar("T")
+
+_ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
@@ -127,8 +131,10 @@ class TorchExecutable(Executable):
         else:
             self._context = PagedContext if self._native is None else self._native.context
         if self.capabilities.cuda_graphs and self._context is PagedContext and plan.window is None:
+            from trtllm_core.backends.torch.cuda.context import MixedContext
             from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
 
+            self._context = MixedContext
             most = self.config.build.max_branches
             self._graphs = ForwardGraphs(self.module, self._pool, most, self.device, self._switch)
         return self._pool.bytes
@@ -172,7 +178,8 @@ class TorchExecutable(Executable):
             self._lora.begin(None if ids is None else host(ids), host(inputs["query_lengths"]))
         if self.capabilities.prompt_tables:
             self._virtual = self._virtual_of(inputs)
-        hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
+        with self._attentions():
+            hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
         if isinstance(context, PlainContext):
             self._scores = context.scores
         asked = inputs["logits_indices"]
@@ -188,6 +195,11 @@ class TorchExecutable(Executable):
         asked = inputs["logits_indices"]
         everything = is_all(asked, inputs["input_ids"].shape[0])
         graphs.run(inputs, logits, None if everything else asked.to(self.device, non_blocking=True))
+
+    def _attentions(self) -> AbstractContextManager[None]:
+        """What PyTorch may compute attention with. cuDNN's, which it prefers on new GPUs, makes a plan for each shape
+        it has not seen, for tens of milliseconds; here every prompt has a shape of its own."""
+        return sdpa_kernel(_ATTENTIONS) if self.device.type == "cuda" else nullcontext()
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""

@@ -1,8 +1,8 @@
 """Where the likeliest tokens' probabilities add up to a share, without sorting the vocabulary.
 
 Tokens fall into 256 bins by their distance to the largest logit. Two passes add up the masses of 16 bins each and leave
-one bin, whose few tokens are gathered, and searched by value and then by id. Probabilities are counted in whole numbers,
-as in ``ranking``: a sum is the same in whatever order.
+one bin, whose few tokens are gathered, and searched by value and then by id. Probabilities are counted in whole
+numbers, as in ``ranking``: a sum is the same in whatever order.
 """
 
 from __future__ import annotations

@@ -42,7 +42,12 @@ def splits_for(rows: int, kv_heads: int) -> int:
 
 
 def decode_attention(
-    layer: Attention, qkv: torch.Tensor, cache: torch.Tensor, rows: DecodeRows, tokens_per_block: int
+    layer: Attention,
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    rows: DecodeRows,
+    tokens_per_block: int,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """Rotate, write the new keys and values, and let each row's query see its cache and its own token.
 
@@ -52,6 +57,7 @@ def decode_attention(
         cache: of the layer, ``[entries, 2 * kv_heads, head_size]``.
         rows: where the rows' caches are.
         tokens_per_block: entries of a block.
+        rotated: whether queries and keys are already.
 
     Returns:
         ``[rows, heads * head_size]``; 0 for what is no row.
@@ -63,7 +69,7 @@ def decode_attention(
     if splits > 1:
         parts = torch.empty(count, heads, splits, size, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(count, heads, splits, dtype=torch.float32, device=qkv.device)
-    rotary = None if layer.rotary is None else layer.rotary.table
+    rotary = None if layer.rotary is None or rotated else layer.rotary.table
     slopes = None if layer.alibi is None else layer.alibi.table
     padded = max(16, up(size))
     options = launch_options(qkv.device)
@@ -86,7 +92,7 @@ def decode_attention(
         GROUP_PADDED=max(16, up(heads // kv_heads)),
         SIZE=size,
         PADDED=padded,
-        ROTARY=0 if layer.rotary is None else layer.rotary.dim,
+        ROTARY=0 if layer.rotary is None or rotated else layer.rotary.dim,
         BLOCK=tokens_per_block,
         TILE=64 if padded <= 128 else 32,
         SPLITS=splits,

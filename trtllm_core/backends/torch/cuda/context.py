@@ -1,0 +1,115 @@
+"""Attention of a call that no graph runs: prompts, chunks of them, and what else runs beside them in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from trtllm_core.backends.torch.attention import PagedContext
+from trtllm_core.backends.torch.batch import PackedBatch, Row
+from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
+from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.nn import Attention
+
+FUSED = (torch.bfloat16, torch.float16)
+"""What PyTorch's FlashAttention takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Whole prompts, or the first chunks of some: what they see is among the call's own tokens."""
+
+    tokens: slice | torch.Tensor
+    """Where they are in the packed input."""
+    starts: torch.Tensor
+    """int32 ``[rows + 1]``: where each begins among these tokens, and where the last one ends."""
+    longest: int
+
+
+class MixedContext(PagedContext):
+    """Rows of one token in one call of the decode kernel, prompts in one call of FlashAttention, and row by row only
+    what neither takes. For caches of whole sequences."""
+
+    def __init__(self, batch: PackedBatch, pool: KVPool, positions: torch.Tensor) -> None:
+        super().__init__(batch, pool, positions)
+        single = np.flatnonzero(batch.single)
+        several = [row for row, one in zip(batch.rows, batch.single, strict=True) if not one]
+        self._decode = self._decode_rows(single) if len(single) else None
+        starts = np.array([batch.rows[i].tokens.start for i in single], np.int64)
+        self._single = _run([slice(start, start + 1) for start in starts], batch)
+        fresh = [row for row in several if row.past == 0]
+        self._prompts = self._packed(fresh) if len(fresh) > 1 else None
+        self._others = [row for row in several if row.past > 0] if self._prompts is not None else several
+        self._several = several
+
+    def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
+        self._rotate(layer, qkv)
+        cache = self.pool.layers[layer.index]
+        q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
+        self.batch.store(cache, kv)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self._decode is not None:
+            size, own = self.batch.tokens_per_block, qkv[self._single].contiguous()
+            seen = decode_attention(layer, own, cache, self._decode, size, rotated=True)
+            out[self._single] = seen.view(-1, *q.shape[1:])
+        rows: Sequence[Row] = self._several
+        if self._prompts is not None and _is_fused(layer, q.dtype):
+            out[self._prompts.tokens] = _prompts(layer, q, kv, self._prompts)
+            rows = self._others
+        for row in rows:
+            out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, {})
+        return out.flatten(1)
+
+    def _decode_rows(self, rows: np.ndarray) -> DecodeRows:
+        batch = self.batch
+        past = batch.after[rows] - 1
+        width = int(past.max()) // batch.tokens_per_block + 1
+        tables = batch.to_device(batch.tables[rows, :width].astype(np.int32).reshape(-1))
+        past = batch.to_device(past.astype(np.int32))
+        return DecodeRows(past, past, tables, batch.to_device(np.array([width], np.int32)))
+
+    def _packed(self, rows: list[Row]) -> Prompts:
+        lengths = [row.queries for row in rows]
+        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        return Prompts(_run([row.tokens for row in rows], self.batch), self.batch.to_device(starts), max(lengths))
+
+
+def _run(parts: list[slice], batch: PackedBatch) -> slice | torch.Tensor:
+    """Parts of the packed input as one: neighbours are a view."""
+    if not parts:
+        return slice(0, 0)
+    if all(a.stop == b.start for a, b in pairwise(parts)):
+        return slice(parts[0].start, parts[-1].stop)
+    return batch.to_device(np.concatenate([np.arange(part.start, part.stop) for part in parts]))
+
+
+def _is_fused(layer: Attention, dtype: torch.dtype) -> bool:
+    plain = layer.alibi is None and layer.softcap is None
+    return plain and dtype in FUSED and layer.head_size % 8 == 0 and layer.head_size <= 256
+
+
+def _prompts(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+    """``q [tokens, heads, d]`` of all tokens -> ``[prompts' tokens, heads, d]``."""
+    k, v = kv[prompts.tokens].chunk(2, dim=1)
+    window = None if layer.sliding_window is None else layer.sliding_window - 1
+    seen: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q[prompts.tokens],
+        k,
+        v,
+        prompts.starts,
+        prompts.starts,
+        prompts.longest,
+        prompts.longest,
+        0.0,
+        True,
+        False,
+        scale=layer.scale,
+        window_size_left=window,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return seen
