@@ -50,7 +50,7 @@ def test_throughput(cli: Callable, tiny_engine: Path) -> None:
     assert found["output_tokens_per_s"] > found["requests_per_s"] > 0
     assert found["first_token_p99_ms"] >= found["first_token_p50_ms"] > 0
     text = cli("bench", tiny_engine, *THROUGHPUT, *asked).stdout
-    for expected in ("7 all at once", "4 sequences run together", "first token", "between tokens"):
+    for expected in ("7 all at once", "4, of which a step ran", "first token", "between tokens"):
         assert expected in text
 
 
@@ -61,9 +61,20 @@ def test_every_token_of_a_trace_is_made_and_counted(tiny_engine: Path) -> None:
     assert served.tokens == trace.new_tokens == 10
     assert len(served.first) == 3
     assert len(served.gaps) == 2 + 0 + 5
+    assert served.steps >= 6
+    assert 0 < served.rows <= 3
     assert all(0 < one <= served.seconds for one in served.first)
     found = record(trace, [served])
     assert found["runs"] == [found["output_tokens_per_s"]] == [pytest.approx(10 / served.seconds)]
+
+
+def test_requests_come_when_the_trace_says(tiny_engine: Path) -> None:
+    runner = ModelRunner.from_dir(tiny_engine)
+    served = serve(runner, Trace((Arrival(0, 5, 2), Arrival(0.4, 5, 2))))
+    assert served.seconds > 0.4
+    assert max(served.first) < 0.4  # counted from each one's own arrival
+    again = serve(runner, Trace((Arrival(0, 5, 2),)))  # the runner is given back
+    assert again.tokens == 2
 
 
 def test_a_trace_from_a_file(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def print_throughput(found: dict[str, Any]) -> None:
         [
             ("measured", f"{_title(found)}, medians of {found['repeats']}"),
             ("requests", f"{found['requests']} {over}: {prompts} prompt tokens, {new} new ones"),
-            ("slots", f"{found['slots']} sequences run together"),
+            (
+                "slots",
+                f"{found['slots']}, of which a step ran {found['rows_per_step']:.1f}; {found['steps']:.0f} steps",
+            ),
             ("output", f"{found['output_tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s"),
             ("first token", f"p50 {_ms(found['first_token_p50_ms'])}, p99 {_ms(found['first_token_p99_ms'])}"),
             ("between tokens", f"p50 {_ms(found['between_p50_ms'])}, p99 {_ms(found['between_p99_ms'])}"),

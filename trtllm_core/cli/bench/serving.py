@@ -1,18 +1,23 @@
-"""Running a trace of requests."""
+"""Running a trace of requests through an ``Executor``."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from trtllm_core.cli.bench.timing import gaps, median, percentile
+from trtllm_core.cli.bench.timing import median, percentile
 from trtllm_core.cli.bench.trace import Trace
 from trtllm_core.cli.bench.workloads import random_prompts
-from trtllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trtllm_core.plugin.observer import StepStats
     from trtllm_core.runner import ModelRunner
+
+_STEPS = 1_000_000
+"""Steps of which statistics are kept: more than a trace takes."""
 
 
 @dataclass(frozen=True)
@@ -24,35 +29,54 @@ class Served:
     first: tuple[float, ...]
     """Of each request, seconds from its arrival to its first token."""
     gaps: tuple[float, ...]
-    """Seconds between a request's tokens."""
+    """Seconds between a request's tokens, of all requests."""
     tokens: int
     """Generated, of all requests."""
+    steps: int
+    rows: float
+    """Requests that a step ran, on average."""
 
 
 def serve(runner: ModelRunner, trace: Trace) -> Served:
-    """Greedy to the lengths that the trace says. Requests beyond the engine's batch wait for a place.
+    """Greedy, to the lengths that the trace says. Requests that come when all places are taken wait for one."""
+    from trtllm_core.config import ExecutorConfig, SamplingConfig
+    from trtllm_core.executor import Executor
 
-    Raises:
-        ConfigError: the trace has arrivals over time, which a static batch cannot take.
-    """
-    from trtllm_core.config import SamplingConfig
-
-    if trace.spread:
-        raise ConfigError("a static batch takes all requests at once: leave --rate out, or write 0 for each arrival")
+    count = len(trace.requests)
     prompts = random_prompts([one.prompt_len for one in trace.requests], runner.vocab_size)
     sampling = [SamplingConfig(max_new_tokens=one.new_tokens, end_id=()) for one in trace.requests]
-    times: dict[str, list[float]] = {str(i): [] for i in range(len(prompts))}
-    tokens = 0
-    clock = time.perf_counter
-    start = clock()
-    for delta in runner.generation.decode_batch(prompts, sampling, streaming=True):
-        times[delta.request_id].append(clock())
-        tokens += len(delta.tokens)
-    seconds = clock() - start
-    return Served(seconds, tuple(row[0] - start for row in times.values()), gaps(times.values()), tokens)
+    config = ExecutorConfig(max_queue_size=count, request_stats_max_requests=count, iter_stats_max_iterations=_STEPS)
+    with Executor(runner, config) as executor:
+        start, handles = time.perf_counter(), []
+        for prompt, settings, request in zip(prompts, sampling, trace.requests, strict=True):
+            ahead = start + request.arrival - time.perf_counter()
+            if ahead > 0:
+                time.sleep(ahead)
+            handles.append(executor.submit(prompt, settings, streaming=False))
+        for handle in handles:
+            handle.result()
+        seconds = time.perf_counter() - start
+        requests, steps = executor.get_latest_request_stats(), executor.get_latest_iteration_stats()
+    return Served(
+        seconds,
+        tuple(one.first_token_seconds for one in requests if one.first_token_seconds is not None),
+        _gaps(steps),
+        sum(one.generated_tokens for one in requests),
+        len(steps),
+        sum(one.rows for one in steps) / max(len(steps), 1),
+    )
 
 
-def record(trace: Trace, runs: list[Served]) -> dict[str, Any]:
+def _gaps(steps: Sequence[StepStats]) -> tuple[float, ...]:
+    """A request that generates has a token of each step, so that what lies between its tokens is between the steps."""
+    return tuple(
+        after.timestamp - before.timestamp
+        for before, after in pairwise(steps)
+        for _ in range(after.generation_requests)
+    )
+
+
+def record(trace: Trace, runs: Sequence[Served]) -> dict[str, Any]:
     """For ``--json``: medians of the runs' rates, and times of all runs together in milliseconds."""
     first = [one for run in runs for one in run.first]
     between = [one for run in runs for one in run.gaps]
@@ -67,6 +91,8 @@ def record(trace: Trace, runs: list[Served]) -> dict[str, Any]:
         "first_token_p99_ms": _ms(percentile(first, 0.99)),
         "between_p50_ms": _ms(percentile(between, 0.5)),
         "between_p99_ms": _ms(percentile(between, 0.99)),
+        "steps": median([run.steps for run in runs]),
+        "rows_per_step": median([run.rows for run in runs]),
         "runs": [run.tokens / run.seconds for run in runs],
     }
 
