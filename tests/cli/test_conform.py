@@ -113,6 +113,37 @@ def test_a_broken_package(install: Install) -> None:
     assert ("counting", "test_rewinds") not in failed
 
 
+PICKY = """
+from pydantic import BaseModel
+
+from trtllm_core.plugin import Example
+from bad_processors import Counting
+
+
+class Params(BaseModel):
+    weight: float
+
+
+class Picky(Counting):
+    Params = Params
+    {examples}
+"""
+
+
+def test_a_plugin_that_must_be_given_something(install: Install, tmp_path: Path) -> None:
+    """It says itself what: else the kit asks for it with nothing, and is refused."""
+    package = install(f'{HEADER}    registrar.add("picky", "picky:Picky")\n')
+    (tmp_path / "picky.py").write_text(PICKY.format(examples=""), encoding="utf-8")
+    assert "field 'weight' is required; give other `params`" in failures(package)["picky", "test_it_can_be_asked_for"]
+    del sys.modules["picky"]
+    examples = 'examples = (Example({"weight": 0.5}),)'
+    (tmp_path / "picky.py").write_text(PICKY.format(examples=examples), encoding="utf-8")
+    assert failures(package) == {}
+    printed = conform(package, "--sampling", 'picky:{"temperature": 0.5}', status=1)
+    assert "'weight' is required" in printed, "what is given by hand is tried instead"
+    del sys.modules["picky"]
+
+
 def test_a_package_that_imports_torch_and_fits_any_core(install: Install) -> None:
     eager = f'import bad_processors\n{HEADER}    registrar.add("counting", bad_processors.Counting)\n'
     package = install(eager, requires="trtllm-core>=0.1")

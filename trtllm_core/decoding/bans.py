@@ -10,6 +10,7 @@ import torch
 from trtllm_core.decoding.history import recent, texts
 from trtllm_core.decoding.state import SlotTable, copy_slots, per_row
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class NoRepeatNgram(DeviceLogitsProcessor):
     phase = Phase.CONSTRAINT
     after = ("min_length",)
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"no_repeat_ngram_size": 2}), Example(sampling={"no_repeat_ngram_size": 3}))
 
     _size: torch.Tensor
 
@@ -86,6 +88,7 @@ class BadWords(DeviceLogitsProcessor):
     phase = Phase.CONSTRAINT
     after = ("min_length", "no_repeat_ngram")
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"bad_words_list": [[1, 2], [4], [3, 1, 0]]}),)
 
     _words: SlotTable
 

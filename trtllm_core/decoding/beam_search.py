@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_core.decoding.beams import Beams, Decision, Search
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.lifecycle import Example
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.stopping import Stop
@@ -28,6 +29,12 @@ class BeamSearch(Beams):
 
     It returns K sequences, or ``num_return_sequences`` where that is set.
     """
+
+    examples = (
+        Example(sampling={"num_beams": 3}),
+        Example(sampling={"num_beams": 2, "length_penalty": 0.5}),
+        Example(sampling={"num_beams": 4, "early_stopping": 0}),
+    )
 
     def widths(self, view: BranchView) -> tuple[int, ...]:
         sampling = view.sampling

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trtllm_core.decoding.state import accepted, copy_slots
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Confidence(DeviceStoppingCriterion):
 
     reason = "confidence"
     capabilities = StoppingCapabilities(graph_safe=True, needs=frozenset({"logits"}))
+    examples = (Example({"above": 0.2}), Example({"measure": "entropy", "below": 1.5, "steps": 2}))
 
     class Params(BaseModel):
         """``above`` or ``below``, one of the two, is the bound."""

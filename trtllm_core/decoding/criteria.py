@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_core.decoding.state import SlotTable, accepted, copy_slots
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class MaxTokens(DeviceStoppingCriterion):
 
     reason = "length"
     capabilities = StoppingCapabilities(graph_safe=True)
+    examples = (Example(sampling={"max_new_tokens": 5}), Example(sampling={"max_new_tokens": 2}))
 
     _limit: torch.Tensor
 

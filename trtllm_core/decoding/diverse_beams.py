@@ -15,6 +15,7 @@ from trtllm_core.decoding.hf_beams import HFBeamSearch
 from trtllm_core.decoding.state import SlotTable
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin.decoder import Candidates, Hypothesis, Survivors
+from trtllm_core.plugin.lifecycle import Example
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.stopping import Stop
@@ -48,6 +49,7 @@ class DiverseBeamSearch(HFBeamSearch):
 
     Params = DiverseParams
     capabilities: ClassVar = HFBeamSearch.capabilities
+    examples = (Example({"groups": 2, "penalty": 0.5}, {"num_beams": 4}),)
 
     _ends: SlotTable
 

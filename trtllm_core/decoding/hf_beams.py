@@ -9,6 +9,7 @@ import torch
 
 from trtllm_core.decoding.beams import Beams, Decision, Search
 from trtllm_core.decoding.random import draw_salt, uniform_rows
+from trtllm_core.plugin.lifecycle import Example
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.stopping import Stop
@@ -25,6 +26,10 @@ class HFBeamSearch(Beams):
     """
 
     processors: ClassVar[tuple[str, ...]] = ("log_softmax",)
+    examples: ClassVar[Sequence[Example]] = (
+        Example(sampling={"num_beams": 3}),
+        Example(sampling={"num_beams": 2, "early_stopping": 0}),
+    )
 
     def weigh(self, search: Search) -> int:
         return max(2, 1 + len(search.end_ids)) * search.width
@@ -68,6 +73,7 @@ class HFBeamSample(HFBeamSearch):
     """
 
     SALT = draw_salt("hf_beam_sample")
+    examples = (Example(sampling={"num_beams": 2}), Example(sampling={"num_beams": 3}))
 
     def noise(self, values: torch.Tensor, batch: LogitsBatch, at: torch.Tensor) -> torch.Tensor | None:
         context, slot = batch.context, batch.slot[at]

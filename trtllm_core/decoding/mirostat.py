@@ -13,6 +13,7 @@ from trtllm_core.decoding.ranking import masses
 from trtllm_core.decoding.samplers import draw, possible
 from trtllm_core.decoding.state import accepted, copy_slots
 from trtllm_core.plugin.decoder import DecoderCapabilities, Sampler
+from trtllm_core.plugin.lifecycle import Example
 
 if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, CommitBatch, DecodingContext, LogitsBatch
@@ -28,6 +29,8 @@ class Mirostat(Sampler):
     logits that the token was drawn from; a token that could not be drawn, which somebody else put there, leaves it as
     it is. Each token's mu depends on the one before it, so that drafts cannot be verified side by side.
     """
+
+    examples = (Example(), Example({"tau": 1.0, "eta": 0.5}))
 
     class Params(BaseModel, extra="forbid", frozen=True):
         """Target and rate."""

@@ -9,6 +9,7 @@ import torch
 
 from trtllm_core.decoding.history import texts
 from trtllm_core.decoding.state import accepted, copy_slots, per_row
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
 
 if TYPE_CHECKING:
@@ -32,6 +33,17 @@ class Penalties(DeviceLogitsProcessor):
 
     phase = Phase.PENALTY
     capabilities = LogitsCapabilities(speculation="rewind", graph_safe=True)
+    examples = (
+        Example(
+            sampling={
+                "repetition_penalty": 1.3,
+                "presence_penalty": 0.2,
+                "frequency_penalty": 0.4,
+                "prompt_ignore_length": 2,
+            }
+        ),
+        Example(sampling={"frequency_penalty": -0.3}),
+    )
 
     _counts: torch.Tensor
     _repetition: torch.Tensor

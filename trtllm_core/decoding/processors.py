@@ -11,6 +11,7 @@ from trtllm_core.decoding.bans import lower
 from trtllm_core.decoding.history import generated
 from trtllm_core.decoding.state import SlotTable, copy_slots, per_row
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class EmbeddingBias(DeviceLogitsProcessor):
 
     phase = Phase.BIAS
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"embedding_bias": {5: 1.0, 9: -2.0}}),)
 
     _tokens: SlotTable
     _biases: SlotTable
@@ -79,6 +81,7 @@ class Temperature(DeviceLogitsProcessor):
 
     phase = Phase.TEMPERATURE
     capabilities = LogitsCapabilities(argmax_invariant=True, speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"temperature": 0.7}), Example(sampling={"temperature": 1.5}))
 
     _scale: torch.Tensor
 
@@ -104,6 +107,7 @@ class MinLength(DeviceLogitsProcessor):
 
     phase = Phase.CONSTRAINT
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"min_length": 6}),)
 
     _min_length: torch.Tensor
     _lowest: torch.Tensor

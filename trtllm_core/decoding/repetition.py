@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trtllm_core.decoding.criteria import first_hit
 from trtllm_core.decoding.history import tokens_before
 from trtllm_core.decoding.state import accepted, copy_slots
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Repetition(DeviceStoppingCriterion):
 
     reason = "repetition"
     capabilities = StoppingCapabilities(graph_safe=True)
+    examples = (Example({"count": 2}), Example({"min_size": 2, "max_size": 3, "count": 2}))
 
     class Params(BaseModel):
         """What counts as a circle."""

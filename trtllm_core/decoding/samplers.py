@@ -12,6 +12,7 @@ from trtllm_core.decoding.ranking import border, largest, masses, part, reaches
 from trtllm_core.decoding.state import copy_slots
 from trtllm_core.decoding.top_p_decay import TopPDecay
 from trtllm_core.plugin.decoder import NO_TOKEN, DecoderCapabilities, Sampler
+from trtllm_core.plugin.lifecycle import Example
 
 if TYPE_CHECKING:
     from trtllm_core.config import SamplingConfig
@@ -120,6 +121,12 @@ class TopKTopP(Sampler):
     """
 
     capabilities = DecoderCapabilities(per_position=True, graph_safe=True)
+    examples = (
+        Example(sampling={"top_k": 5, "top_p": 0.9}),
+        Example(sampling={"top_k": 0, "top_p": 0.8}),
+        Example(sampling={"top_k": 0, "top_p": 1.0}),
+        Example(sampling={"top_k": 0, "top_p": 0.8, "top_p_decay": 0.9, "top_p_min": 0.3, "top_p_reset_ids": 3}),
+    )
 
     SALT = draw_salt("top_k_top_p")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_core.config.patterns import GrowingPattern, growing_pattern
 from trtllm_core.errors import BranchError, ConfigError
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import HostStoppingCriterion, Stop, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class StopRegexes(HostStoppingCriterion):
     """
 
     capabilities = StoppingCapabilities(speculation="rewind", needs=frozenset({"text"}))
+    examples = (Example(sampling={"stop_regexes": ("a[bc]+d", "h{2}")}),)
 
     def setup(self, context: DecodingContext) -> None:
         self._bytes = context.text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import HostStoppingCriterion, Stop, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class StopStrings(HostStoppingCriterion):
     """
 
     capabilities = StoppingCapabilities(speculation="rewind", needs=frozenset({"text"}))
+    examples = (Example(sampling={"stop_strings": ("abc", "ca", "hh")}),)
 
     def setup(self, context: DecodingContext) -> None:
         self._text = context.text

@@ -10,6 +10,7 @@ import torch
 from trtllm_core.decoding.criteria import first_hit
 from trtllm_core.decoding.history import tokens_before
 from trtllm_core.decoding.state import SlotTable, accepted, copy_slots
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion, StoppingCapabilities
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class StopWords(DeviceStoppingCriterion):
 
     reason = "stop_words"
     capabilities = StoppingCapabilities(graph_safe=True)
+    examples = (Example(sampling={"stop_words_list": [[1, 2], [3, 3, 1], [8]]}),)
 
     _words: SlotTable
 

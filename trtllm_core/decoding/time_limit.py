@@ -8,6 +8,7 @@ import torch
 
 from trtllm_core.decoding.state import copy_slots
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class MaxTime(DeviceStoppingCriterion):
 
     reason = "timed_out"
     scope = "request"
+    examples = (Example(sampling={"max_time": 5.0}),)
 
     _deadline: torch.Tensor
 

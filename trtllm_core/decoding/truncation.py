@@ -10,6 +10,7 @@ import torch
 
 from trtllm_core.decoding.ranking import border, crossing, largest, masses, part
 from trtllm_core.decoding.state import copy_slots, per_row
+from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.logits import DeviceLogitsProcessor, LogitsCapabilities, Phase
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class TopK(Truncation):
     """Keeps the ``top_k`` largest logits, and those that equal the smallest of them. 0 keeps all."""
 
     FIELD, OFF = "top_k", 0.0
+    examples = (
+        Example(sampling={"decoder": "multinomial", "top_k": 5}),
+        Example(sampling={"decoder": "multinomial", "top_k": 2}),
+    )
 
     def setup(self, context: DecodingContext) -> None:
         super().setup(context)
@@ -90,6 +95,10 @@ class TopP(Truncation):
     """
 
     FIELD, OFF = "top_p", 0.0
+    examples = (
+        Example(sampling={"decoder": "multinomial", "top_p": 0.7}),
+        Example(sampling={"decoder": "multinomial", "top_p": 0.2}),
+    )
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         on = (value > 0) & (value < 1)
@@ -106,6 +115,7 @@ class MinP(Truncation):
     """
 
     FIELD, OFF = "min_p", 0.0
+    examples = (Example(sampling={"min_p": 0.1}), Example(sampling={"min_p": 0.6}))
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return logits < logits.amax(dim=1, keepdim=True) + value.log()
@@ -120,6 +130,7 @@ class TypicalP(Truncation):
 
     FIELD, OFF = "typical_p", 1.0
     capabilities = LogitsCapabilities(speculation="per_position", graph_safe=True)
+    examples = (Example(sampling={"typical_p": 0.7}),)
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         on = value < 1
@@ -135,6 +146,7 @@ class EpsilonCutoff(Truncation):
     """Drops the tokens whose probability is below ``epsilon_cutoff`` (Hewitt and others 2022). 0 keeps all."""
 
     FIELD, OFF = "epsilon_cutoff", 0.0
+    examples = (Example(sampling={"epsilon_cutoff": 0.02}),)
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return _below(logits, value.log())
@@ -147,6 +159,7 @@ class EtaCutoff(Truncation):
     """
 
     FIELD, OFF = "eta_cutoff", 0.0
+    examples = (Example(sampling={"eta_cutoff": 0.02}),)
 
     def dropped(self, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         entropy = _entropy(-logits.log_softmax(dim=1))

@@ -70,7 +70,7 @@ from trtllm_core.plugin.kv_policy import (
     OutOfBlocksError,
     Placement,
 )
-from trtllm_core.plugin.lifecycle import SlotPlugin
+from trtllm_core.plugin.lifecycle import Example, SlotPlugin
 from trtllm_core.plugin.loader import PluginReport
 from trtllm_core.plugin.logits import (
     DeviceLogitsProcessor,
@@ -142,6 +142,7 @@ __all__ = [
     "Edits",
     "Entry",
     "EvictionOrder",
+    "Example",
     "Executable",
     "Finding",
     "FinishReason",

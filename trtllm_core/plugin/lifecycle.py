@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
     from trtllm_core.plugin.views import BranchView, CommitBatch, DecodingContext
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One way to ask for a plugin, such that it does something."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Its own parameters."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``SamplingConfig``."""
+
+
 class SlotPlugin:
     """``setup`` once a session, then for each branch ``begin → … commit → [fork] → [rewind] → end``.
 
@@ -21,6 +33,9 @@ class SlotPlugin:
 
     Params: ClassVar[type[BaseModel] | None] = None
     """pydantic model of the plugin's parameters; None takes none."""
+    examples: ClassVar[Sequence[Example]] = ()
+    """What the conformance kits and ``trtllm-core conform`` try it with, where they are not told anything else; none:
+    a request that names it and sets nothing. A plugin that must be given something has at least one."""
 
     @property
     def graph_key(self) -> Hashable:

@@ -107,13 +107,15 @@ class StoppingCriterionConformance(SlotConformance[CriterionRig]):
             )
 
     def test_it_stops(self) -> None:
-        """With the parameters tried, some text ends; else the other checks see little."""
+        """With the parameters tried, some text ends, or some time; else the other checks see little. A step takes a
+        second here, and no time elsewhere: what is compared must be asked at one moment."""
         for seed in range(self.lives):
             life = self.life(seed)
             for _ in range(20):
                 if any(stop for answer in life.rig.answers(list(life.rig.branches)).values() for stop in answer):
                     return
                 life.commit()
+                life.rig.floor.now += 1
         passed_over("no text that was tried ended: give `params` or `sampling` with which some do")
 
     def test_where_it_stops_does_not_depend_on_the_steps(self) -> None:

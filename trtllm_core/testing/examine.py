@@ -74,9 +74,8 @@ def examine(package: str, wishes: Wishes) -> Iterator[Report]:
         if kind == "model_family":
             yield Report(name, kind, examine_family(name, wishes.params.get(name, ())))
         elif kind in KITS:
-            attributes: dict[str, Any] = {"params": wishes.params.get(name, ({},))}
-            if kind not in ("backend", "kv_policy"):
-                attributes["sampling"] = wishes.sampling.get(name, ({},))
+            given = {"params": wishes.params.get(name), "sampling": wishes.sampling.get(name)}
+            attributes = {what: tried for what, tried in given.items() if tried is not None}
             yield Report(name, kind, run_kit(_kit(KITS[kind][1], name, **attributes)))
         else:
             yield Report(name, kind, run_kit(_kit(ObserverConformance, name)))

@@ -19,7 +19,7 @@ UNDEFINED = 10**9
 
 
 class Floor:
-    """The core's own slots, filled by hand instead of by a loop. Its clock stands still.
+    """The core's own slots, filled by hand instead of by a loop. Its clock stands still, unless somebody moves ``now``.
 
     Args:
         slots: how many.
@@ -39,7 +39,9 @@ class Floor:
         text: TokenBytes | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.slots = Slots(slots, max_seq_len, vocab_size, vocab_size + padding, self.device, text, lambda: 0.0)
+        self.now = 0.0
+        """What the clock says, in seconds."""
+        self.slots = Slots(slots, max_seq_len, vocab_size, vocab_size + padding, self.device, text, lambda: self.now)
         self.context = self.slots.context
         # Undefined behind the texts, so that a plugin which reads there is found out.
         self.slots.tokens[:] = vocab_size - 1

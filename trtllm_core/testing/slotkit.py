@@ -12,12 +12,13 @@ import torch
 from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import SamplingConfig
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin import Example
 from trtllm_core.plugin.versions import CORE
 from trtllm_core.testing.generations import generate, new_runner
 from trtllm_core.testing.kit import Conformance, cuda, need_gpu, passed_over, require
 from trtllm_core.testing.letters import letter_tokenizer
 from trtllm_core.testing.lives import G, Life, Rig, Setting
-from trtllm_core.testing.subject import Case, Kind, Subject, product, resolve
+from trtllm_core.testing.subject import Case, Kind, Subject, resolve
 from trtllm_core.testing.watch import HostWait, Operation, no_waiting, operations
 
 END_IDS = (9,)
@@ -31,8 +32,10 @@ class SlotConformance(Conformance, Generic[G]):
     says that was told the same text from its beginning, one token at a time.
     """
 
-    sampling: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    """Fields of SamplingConfig to try, beside the plugin's own parameters."""
+    params: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Parameters to try. Where neither these nor ``sampling`` are given, the plugin's own ``examples`` are tried."""
+    sampling: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Fields of SamplingConfig to try, each with each of ``params``."""
     vocab_size: ClassVar[int] = 40
     """Of the model that is tried. Random texts are mostly of its first tokens."""
     tokenizer: ClassVar[Tokenizer | None] = None
@@ -58,7 +61,14 @@ class SlotConformance(Conformance, Generic[G]):
     def cases(cls) -> list[Case]:
         """The requests to try."""
         subject, ends = cls.subject(), cls.setting().end_ids
-        return [subject.case(params, sampling, ends) for params, sampling in product(cls.params, cls.sampling)]
+        return [subject.case(each.params, each.sampling, ends) for each in cls.examples()]
+
+    @classmethod
+    def examples(cls) -> Sequence[Example]:
+        """How to ask for it."""
+        if cls.params or cls.sampling:
+            return [Example(one, other) for one in cls.params or ({},) for other in cls.sampling or ({},)]
+        return cls.subject().make().examples or (Example(),)
 
     @classmethod
     def setting(cls, device: str = "cpu") -> Setting:
@@ -131,6 +141,8 @@ class SlotConformance(Conformance, Generic[G]):
     def test_it_can_be_asked_for(self) -> None:
         """A request with these parameters and fields is planned, and begins."""
         why = self.refusal()
+        if why and not self.params and self.subject().takes_objects():
+            passed_over(f"its parameters are no JSON, give them by `params`: {why}")
         require(not why, f"it refuses the requests to try: {why}; give other `params` or `sampling`")
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -351,7 +363,7 @@ class SlotConformance(Conformance, Generic[G]):
     def _refuses(self, params: Mapping[str, Any]) -> bool:
         subject = self.subject()
         try:
-            request = subject.request(params, self.sampling[0], self.setting().end_ids)
+            request = subject.request(params, self.examples()[0].sampling, self.setting().end_ids)
             self.begins(Case(request, subject.planned(request).params, str(params)))
         except ConfigError:
             return True

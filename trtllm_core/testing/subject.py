@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from pydantic.errors import PydanticInvalidForJsonSchema
 
 from trtllm_core.config import SamplingConfig
 from trtllm_core.decoding.plan import PlanItem
@@ -90,6 +92,16 @@ class Subject:
         """A new object of it, as a session makes one."""
         return self.entry.load()()
 
+    def takes_objects(self) -> bool:
+        """Whether some of its parameters are no JSON, such as an engine, so that they cannot be written down."""
+        model = self.make().Params
+        try:
+            if model is not None:
+                model.model_json_schema()
+        except PydanticInvalidForJsonSchema:
+            return True
+        return False
+
     def request(
         self, params: Mapping[str, Any], sampling: Mapping[str, Any], end_ids: tuple[int, ...] = ()
     ) -> SamplingConfig:
@@ -173,11 +185,6 @@ def _adds(kind: Kind, name: str, factory: Any) -> Any:
         registrar.add(name, factory, **({"consumes": ("random_seed",)} if kind is DECODER else {}))
 
     return register
-
-
-def product(params: Sequence[Mapping[str, Any]], sampling: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
-    """Every choice of parameters with every choice of sampling fields."""
-    return [(one, other) for one in params for other in sampling]
 
 
 def needs_of(plugin: SlotPlugin) -> frozenset[str]:
