@@ -78,11 +78,14 @@ class BranchTable:
         self.drafts = Drafts(build.max_branches, device)
         self._token_bytes = token_bytes
         self._left: list[int] = []
+        self.streams: set[int] = set()
+        """Slots of requests that want text."""
+        self._scored: set[int] = set()  # slots of requests that asked for log-probabilities
 
     @property
     def wants_log_probs(self) -> bool:
-        """Whether any live branch asked for log-probabilities."""
-        return any(branch.owner.plan.log_probs for branch in self.live.values())
+        """Whether any request at work asked for log-probabilities."""
+        return bool(self._scored)
 
     @property
     def wants_logits(self) -> bool:
@@ -169,6 +172,10 @@ class BranchTable:
             self.owners[slot] = live
             if plan.positions > 1:
                 self.verifying.add(slot)
+            if request.text:
+                self.streams.add(slot)
+            if plan.log_probs:
+                self._scored.add(slot)
             self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
             self.conditions.begin(slot, request)
             self.gathering.begin(slot, request, None if number else live.scores)
@@ -285,6 +292,8 @@ class BranchTable:
         self.live.pop(slot, None)
         self.unborn.pop(slot, None)
         self.verifying.discard(slot)
+        self._scored.discard(slot)
+        self.streams.discard(slot)
         for stages in self.stages:
             for name, seconds in stages.end(slot).items():
                 if owner is not None:

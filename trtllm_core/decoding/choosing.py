@@ -29,7 +29,7 @@ from trtllm_core.plugin import (
 )
 from trtllm_core.plugin.decoder import DecoderCapabilities
 from trtllm_core.plugin.lifecycle import SlotPlugin
-from trtllm_core.plugin.views import BranchView, CommitBatch
+from trtllm_core.plugin.views import BranchView
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -39,6 +39,7 @@ class SamplingDecoder(Decoder):
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
+        self.commit = sampler.commit  # type: ignore[method-assign]
         self.capabilities: DecoderCapabilities = sampler.capabilities  # type: ignore[misc]
 
     def setup(self, context: DecodingContext) -> None:
@@ -48,9 +49,6 @@ class SamplingDecoder(Decoder):
 
     def begin(self, slot: int, view: BranchView) -> None:
         self.sampler.begin(slot, view)
-
-    def commit(self, batch: CommitBatch) -> None:
-        self.sampler.commit(batch)
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         self.sampler.fork(src, dst)
@@ -93,7 +91,7 @@ class Choosers(Stages[Decoder]):
         for stage in self.live:
             if not alone and stage.members.isdisjoint(at.slots):
                 continue
-            batch = at.batch(self.context, stage.flags)
+            batch = at.batch(self.context, stage.active(at.slot))
             try:
                 chosen = stage.call(stage.plugin.select, logits if alone else logits.clone(), batch)
                 if isinstance(chosen, Candidates):

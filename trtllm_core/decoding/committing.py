@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.choice import Found, Outcome
@@ -29,20 +28,26 @@ def commit(table: BranchTable, cache: KVCache, outcome: Outcome) -> list[Delta]:
         failures.setdefault(slot, PluginContractError(f"decoder {decoder!r} {what}"))
     reasons = _blame(table, failures)
     broken = set(reasons)
-    for slot, stop, everybody in zip(outcome.slots, outcome.stops, outcome.verdict.ends_request, strict=False):
-        if everybody and stop is not None:
-            reasons.setdefault(table.owners[slot], stop.reason)
+    stopped = any(outcome.stops)
+    if stopped:
+        for slot, stop, everybody in zip(outcome.slots, outcome.stops, outcome.verdict.ends_request, strict=False):
+            if everybody and stop is not None:
+                reasons.setdefault(table.owners[slot], stop.reason)
     for found in outcome.found:
         _follow(table, found, outcome, reasons)
     if outcome.forks:
         _fork(table, cache, {dst: src for dst, src in outcome.forks.items() if table.owners[dst] not in broken})
-    new = [
-        [] if table.owners[slot] in broken else tokens if stop is None else tokens[: stop.at + 1]
-        for slot, tokens, stop in zip(outcome.slots, outcome.new, outcome.stops, strict=True)
-    ]
+    new = outcome.new
+    if stopped or broken:
+        new = [
+            [] if table.owners[slot] in broken else tokens if stop is None else tokens[: stop.at + 1]
+            for slot, tokens, stop in zip(outcome.slots, outcome.new, outcome.stops, strict=True)
+        ]
     if new:
         _write(table, outcome, new)
-    held = [_held(table, slot, stop) for slot, stop in zip(outcome.slots, outcome.stops, strict=True)]
+    held = None
+    if table.streams:
+        held = [_held(table, slot, stop) for slot, stop in zip(outcome.slots, outcome.stops, strict=True)]
     reasons |= _blame(table, _failures(table))
     return _tell(table, outcome, new, held, reasons)
 
@@ -107,12 +112,10 @@ def _fork(table: BranchTable, cache: KVCache, forks: Mapping[int, int]) -> None:
 def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
     """Append ``new`` to the rows' slots, and tell the plugins."""
     counts = list(map(len, new))
-    count = torch.tensor(counts, device=outcome.slot.device)
+    single = outcome.tokens.shape[1] == 1 and min(counts) == 1
+    count = table.slots.ones(len(new)) if single else table.slots.sent(counts)
     table.slots.commit(outcome.slot, outcome.tokens, count)
-    if not table.slots.shared:
-        width = outcome.tokens.shape[1]
-        padded = np.array([row + [0] * (width - len(row)) for row in new], np.int64)
-        table.slots.record(np.array(outcome.slots), padded, np.array(counts))
+    table.slots.record(outcome.slots, new, single)
     rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
     for stages in table.stages:
         stages.commit(rows)
@@ -132,13 +135,18 @@ def _held(table: BranchTable, slot: int, stop: Stop | None) -> int:
 
 
 def _tell(
-    table: BranchTable, outcome: Outcome, new: list[list[int]], held: list[int], reasons: Mapping[LiveRequest, str]
+    table: BranchTable,
+    outcome: Outcome,
+    new: list[list[int]],
+    held: list[int] | None,
+    reasons: Mapping[LiveRequest, str],
 ) -> list[Delta]:
     """Deltas of the step's rows, and of requests that end. ``reasons``: those that end around their branches."""
     deltas: list[Delta] = []
     ranked: list[tuple[Branch, list[int], str]] = []
     told: set[int] = set()
     ended = dict.fromkeys(reasons)
+    keeps_logits = table.gathering.keeps
     for i, (slot, tokens, stop) in enumerate(zip(outcome.slots, new, outcome.stops, strict=True)):
         branch = table.live.get(slot)
         if branch is None:  # of a search that failed before it took the slot
@@ -152,10 +160,15 @@ def _tell(
             chances = outcome.log_probs[i][: len(tokens)]
         branch.generated += tokens
         branch.log_probs += chances
-        branch.logits += table.gathering.chosen_from(outcome.forks.get(slot, slot), len(tokens))
-        beside = _beside(live, outcome, i, tokens)
-        branch.likeliest += beside
-        text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)
+        if keeps_logits:
+            branch.logits += table.gathering.chosen_from(outcome.forks.get(slot, slot), len(tokens))
+        beside: list[Mapping[int, float]] = []
+        if outcome.likeliest is not None:
+            beside = _beside(live, outcome, i, tokens)
+            branch.likeliest += beside
+        text = ""
+        if held is not None:
+            text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)
         if live.plan.ranked:
             ranked.append((branch, tokens, text))
         else:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def first_hit(hits: torch.Tensor) -> torch.Tensor:
     """Index of the first True of each row of ``hits`` (bool ``[n, k]``), or -1: int64 ``[n]``."""
+    if hits.shape[1] == 1:
+        return hits.squeeze(1).long() - 1
     return torch.where(hits.any(dim=1), hits.int().argmax(dim=1), -1)
 
 

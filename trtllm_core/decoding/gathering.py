@@ -80,6 +80,11 @@ class Gathering:
         self._choosing.discard(slot)
 
     @property
+    def keeps(self) -> bool:
+        """Whether the logits are kept that some of the step's tokens were chosen from."""
+        return bool(self._rows)
+
+    @property
     def wants_prompts(self) -> bool:
         """Whether the logits of some prompt are wanted yet."""
         return bool(self._prompts)

@@ -150,7 +150,8 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             for stage, flags, unscored in passes:
                 if scored and unscored and scores is None:
                     scores = logits.clone()
-                batch = LogitsBatch(self.context, slot, offset, flags[slot], draft)
+                active = stage.active(slot) if flags is stage.flags else flags[slot]
+                batch = LogitsBatch(self.context, slot, offset, active, draft)
                 try:
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
                     self._fail_branches(stage)

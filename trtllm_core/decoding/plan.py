@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from trtllm_core.decoding.branching import overrides
@@ -59,7 +60,7 @@ class Plan:
         """Whether it always takes the largest logit, and draws nothing."""
         return bool((self.sampler or self.decoder).plugin.capabilities.greedy)  # type: ignore[attr-defined]
 
-    @property
+    @cached_property
     def ranked(self) -> bool:
         """Whether its decoder ranks the sequences: what the user gets is known only at the end."""
         decoder = self.decoder.plugin

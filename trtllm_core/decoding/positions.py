@@ -40,9 +40,9 @@ class Positions:
             return self.slots
         return [slot for slot, draft in zip(self.slots, self.drafts, strict=True) for _ in range(len(draft) + 1)]
 
-    def batch(self, context: DecodingContext, flags: torch.Tensor) -> LogitsBatch:
-        """What a plugin is shown whose slots are those that ``flags`` (bool ``[slots]``) says."""
-        return LogitsBatch(context, self.slot, self.offset, flags[self.slot], self.draft, self.starts)
+    def batch(self, context: DecodingContext, active: torch.Tensor) -> LogitsBatch:
+        """What a plugin is shown whose positions are those that ``active`` (bool ``[n]``) says."""
+        return LogitsBatch(context, self.slot, self.offset, active, self.draft, self.starts)
 
     def source(self, width: int) -> torch.Tensor | None:
         """int64 ``[branches, width]``: the position that the j-th token of each branch is from; None: from its only

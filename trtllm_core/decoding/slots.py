@@ -34,6 +34,7 @@ class Slots:
         """int64 ``[slots]``: tokens of each slot."""
         self.shared = device.type == "cpu"
         """Whether the host's copy and the device's are one memory."""
+        self._ones = torch.ones(count, dtype=torch.int64, device=device)
         self._free = list(range(count - 1, -1, -1))
         self.context = DecodingContext(
             slots=count,
@@ -50,6 +51,14 @@ class Slots:
             encode=None if text is None else text.encode,
             clock=clock,
         )
+
+    def ones(self, n: int) -> torch.Tensor:
+        """int64 ``[n]`` on the device: one token each. The same memory each time."""
+        return self._ones[:n]
+
+    def sent(self, values: Sequence[int]) -> torch.Tensor:
+        """Numbers as int64 on the device, without waiting for it."""
+        return torch.tensor(values).to(self.context.device, non_blocking=True)
 
     @property
     def free(self) -> int:
@@ -78,7 +87,12 @@ class Slots:
         context.seeds[slot] = key
 
     def commit(self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Append ``tokens [n, k]``, of each row the first ``counts``, on the device. Fixed shapes, no sync."""
+        """Append ``tokens [n, k]``, of each row the first ``counts``, on the device. Fixed shapes, no sync.
+
+        Where the host's copy is the same memory, that is ``record``'s to do.
+        """
+        if self.shared:
+            return
         context = self.context
         lengths = context.lengths[slot]
         for j in range(tokens.shape[1]):
@@ -88,14 +102,24 @@ class Slots:
             context.tokens.index_put_((slot, at), new)
         context.lengths.index_put_((slot,), lengths + counts)
 
-    def record(self, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
-        """The same on the host, once the tokens are known there: ``tokens [n, k]``, ``counts [n]``."""
-        if self.shared:
+    def record(self, slots: Sequence[int], new: Sequence[Sequence[int]], single: bool = False) -> None:
+        """The same on the host, once the tokens are known there.
+
+        Args:
+            slots: each once.
+            new: of each slot.
+            single: whether that is one token each.
+        """
+        if single:
+            rows = np.asarray(slots)
+            length = self.lengths[rows]
+            self.tokens[rows, length] = np.asarray(new)[:, 0]
+            self.lengths[rows] = length + 1
             return
-        for slot, row, n in zip(slots, tokens, counts, strict=True):
+        for slot, row in zip(slots, new, strict=True):
             length = self.lengths[slot]
-            self.tokens[slot, length : length + n] = row[:n]
-            self.lengths[slot] += n
+            self.tokens[slot, length : length + len(row)] = row
+            self.lengths[slot] += len(row)
 
     def rewind(self, slot: int, n: int) -> None:
         """Take back the last ``n`` tokens. They stay readable behind the length until others are written."""

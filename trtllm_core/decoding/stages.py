@@ -11,6 +11,7 @@ import torch
 
 from trtllm_core.decoding.host import HostAdapter
 from trtllm_core.decoding.plan import PlanItem
+from trtllm_core.decoding.state import Everybody
 from trtllm_core.errors import BranchError, ConfigError, PluginError, PluginRuntimeError
 from trtllm_core.plugin import BranchView, CommitBatch, DecodingContext
 from trtllm_core.plugin.lifecycle import SlotPlugin
@@ -53,7 +54,7 @@ class CommittedRows:
 class Stage(Generic[P]):
     """One plugin of a session and the slots that use it."""
 
-    def __init__(self, item: PlanItem, plugin: P, context: DecodingContext) -> None:
+    def __init__(self, item: PlanItem, plugin: P, context: DecodingContext, everybody: Everybody) -> None:
         self.item = item
         self.name = item.name
         self.plugin = plugin
@@ -61,6 +62,11 @@ class Stage(Generic[P]):
         self.flags = torch.zeros(context.slots, dtype=torch.bool, device=context.device)
         """bool ``[slots]``: what ``members`` says, on the device."""
         self.members: set[int] = set()
+        self.total = False
+        """Whether all slots at work are members: then ``flags`` need no look."""
+        self.follows = getattr(plugin.commit, "__func__", None) is not SlotPlugin.commit
+        """Whether it wants to know what was committed."""
+        self._everybody = everybody
         self.wants_logits = "logits" in getattr(getattr(item.plugin, "capabilities", None), "needs", ())
         self.seconds = 0.0
         """Host time spent in the plugin since the session began."""
@@ -89,11 +95,15 @@ class Stage(Generic[P]):
             self.seconds += seconds
             self._share += seconds / (len(self.members) or 1)
 
+    def active(self, slot: torch.Tensor) -> torch.Tensor:
+        """bool ``[n]``: which rows, of the slots ``slot`` (int64 ``[n]``), are the plugin's."""
+        return self._everybody.of(slot.shape[0]) if self.total else self.flags[slot]
+
     def commit_batch(
         self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, scores: Scores | None
     ) -> CommitBatch:
         """The step's tokens as this plugin is shown them: with the logits where it needs them."""
-        active = self.flags[slot]
+        active = self.active(slot)
         if scores is None or not self.wants_logits:
             return CommitBatch(self.context, slot, tokens, counts, active)
         return CommitBatch(self.context, slot, tokens, counts, active, scores.logits, scores.source)
@@ -153,6 +163,7 @@ class Stages(Generic[P]):
         self._of: dict[int, list[Stage[P]]] = {}
         self._spent: dict[str, float] = {}  # seconds of stages that are gone
         self._wrap = wrap
+        self._everybody = Everybody(context.slots, context.device)
 
     def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
         """A branch starts with these plugins. All of them begin, or none is left behind.
@@ -176,6 +187,8 @@ class Stages(Generic[P]):
     def commit(self, rows: CommittedRows) -> None:
         """Tokens were accepted."""
         for stage in self.live:
+            if not stage.follows:
+                continue
             try:
                 if isinstance(stage.plugin, HostAdapter):
                     stage.call(stage.plugin.commit_rows, rows.slots, rows.new)
@@ -247,7 +260,7 @@ class Stages(Generic[P]):
     def _stage(self, item: PlanItem) -> Stage[P]:
         stage = self._all.get(item.key)
         if stage is None:
-            stage = Stage(item, self._wrap(item.plugin), self.context)
+            stage = Stage(item, self._wrap(item.plugin), self.context, self._everybody)
             stage.call(stage.plugin.setup, self.context)
             self._all[item.key] = stage
         return stage
@@ -259,4 +272,6 @@ class Stages(Generic[P]):
                 del self._all[key]
         live = [stage for stage in self._all.values() if stage.members]
         self.live = sorted(live, key=lambda stage: stage.item.rank)
+        for stage in live:
+            stage.total = len(stage.members) == len(self._of)
         self.wants_logits = any(stage.wants_logits for stage in live)

@@ -30,8 +30,31 @@ def copy_slots(src: torch.Tensor, dst: torch.Tensor, *states: torch.Tensor) -> N
         state[dst] = state[src]  # the right side is a new tensor before anything is written
 
 
+class Everybody:
+    """bool ``[n]``, all true: the same memory each time.
+
+    Args:
+        rows: as many as there mostly are at most.
+        device: of the tensor.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._flags = torch.ones(rows, dtype=torch.bool, device=device)
+        self._count, self._view = rows, self._flags
+
+    def of(self, count: int) -> torch.Tensor:
+        """For ``count`` rows. Read-only."""
+        if count != self._count:
+            if count > len(self._flags):
+                self._flags = self._flags.new_ones(1 << (count - 1).bit_length())
+            self._count, self._view = count, self._flags[:count]
+        return self._view
+
+
 def accepted(batch: CommitBatch) -> torch.Tensor:
     """bool ``[n, k]``: which entries of ``batch.tokens`` are tokens, of rows that are ``active``."""
+    if batch.tokens.shape[1] == 1:  # outside of verify steps, all of them
+        return ((batch.counts > 0) & batch.active).unsqueeze(1)
     column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     return (column < batch.counts.unsqueeze(1)) & batch.active.unsqueeze(1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from trtllm_core.decoding.host import HostCriterionAdapter
@@ -71,21 +73,24 @@ class StoppingRules(Stages[Criterion]):
         columns = [selection.tokens, selection.counts.unsqueeze(1)]
         for stage in device:
             columns.append(self._ask(stage, selection, slot, scores).unsqueeze(1))
-        table = torch.cat(columns, 1).tolist()
-        tokens, wrong = self._known(slots, [(row[:width], row[width]) for row in table])
-        ends = [_Ends() for _ in slots]
-        for row, new, end in zip(table, tokens, ends, strict=True):
-            for stage, at in zip(device, row[width + 1 :], strict=True):
-                if 0 <= at < len(new):
-                    plugin = stage.plugin
-                    assert isinstance(plugin, DeviceStoppingCriterion)
-                    end.add(Stop(plugin.reason, at, plugin.counted), plugin.scope, stage)
+        table = torch.cat(columns, 1).cpu().numpy()
+        tokens, wrong = self._known(slots, table[:, :width], table[:, width])
+        ends: defaultdict[int, _Ends] = defaultdict(_Ends)  # by row, of the few that end
+        for row, column in np.argwhere(table[:, width + 1 :] >= 0).tolist():
+            stage, at = device[column], int(table[row, width + 1 + column])
+            if at < len(tokens[row]):
+                plugin = stage.plugin
+                assert isinstance(plugin, DeviceStoppingCriterion)
+                ends[row].add(Stop(plugin.reason, at, plugin.counted), plugin.scope, stage)
         for stage in self.live:
             if isinstance(stage.plugin, HostCriterionAdapter):
                 self._ask_host(stage, stage.plugin, slots, tokens, ends)
-        for number, new, end in zip(slots, tokens, ends, strict=True):
-            self._say_what_matched(number, new, end)
-        return Verdict(tokens, [end.stop for end in ends], [end.of_request for end in ends], wrong, scores)
+        stops: list[Stop | None] = [None] * len(slots)
+        ends_request = [False] * len(slots)
+        for row, end in ends.items():
+            self._say_what_matched(slots[row], tokens[row], end)
+            stops[row], ends_request[row] = end.stop, end.of_request
+        return Verdict(tokens, stops, ends_request, wrong, scores)
 
     def _say_what_matched(self, slot: int, new: Sequence[int], end: _Ends) -> None:
         """A device criterion says on the host what it found, once it has stopped a row."""
@@ -102,11 +107,17 @@ class StoppingRules(Stages[Criterion]):
             self.fail(end.by, error)
 
     def _known(
-        self, slots: Sequence[int], chosen: Sequence[tuple[list[int], int]]
+        self, slots: Sequence[int], chosen: np.ndarray, counts: np.ndarray
     ) -> tuple[list[list[int]], dict[int, str]]:
-        """The tokens of each row, before any host criterion sees them, and what is wrong with the others."""
-        vocab, tokens, wrong = self.context.vocab_size, [], {}
-        for slot, (row, count) in zip(slots, chosen, strict=True):
+        """The tokens of each row, before any host criterion sees them, and what is wrong with the others.
+
+        ``chosen`` is int64 ``[n, k]``, of each row the first ``counts``.
+        """
+        vocab, width = self.context.vocab_size, chosen.shape[1]
+        if width == 1 and (counts == 1).all() and (chosen >= 0).all() and (chosen < vocab).all():
+            return chosen.tolist(), {}
+        tokens, wrong = [], {}
+        for slot, row, count in zip(slots, chosen.tolist(), counts.tolist(), strict=True):
             new = row[:count] if 0 < count <= len(row) else []
             if not new:
                 wrong[slot] = f"chose {count} of {len(row)} tokens"
@@ -147,7 +158,7 @@ class StoppingRules(Stages[Criterion]):
         except PluginError as error:
             self.fail(stage, error)
             return torch.full_like(slot, -1)
-        return torch.where(batch.active, at, -1)
+        return at if stage.total else torch.where(batch.active, at, -1)
 
     def _ask_host(
         self,
@@ -155,7 +166,7 @@ class StoppingRules(Stages[Criterion]):
         adapter: HostCriterionAdapter,
         slots: Sequence[int],
         tokens: Sequence[Sequence[int]],
-        ends: Sequence[_Ends],
+        ends: Mapping[int, _Ends],
     ) -> None:
         rows = [i for i, slot in enumerate(slots) if slot in stage.members]
         try:

@@ -26,6 +26,8 @@ def append(
     likeliest tokens at its new ones."""
     live = branch.owner
     error = live.error if reason == "plugin_error" else None
+    if live.scores is None and not (chances or beside or branch.logits):  # nearly all of them
+        return Delta(live.request.request_id, tuple(tokens), text, reason, (), error, branch.number)
     return Delta(
         live.request.request_id,
         tuple(tokens),

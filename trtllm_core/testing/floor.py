@@ -115,7 +115,8 @@ class Floor:
     def commit(self, batch: CommitBatch) -> None:
         """The tokens become history; the plugins' ``commit`` comes after it."""
         self.slots.commit(batch.slot, batch.tokens, batch.counts)
-        self.slots.record(batch.slot.cpu().numpy(), batch.tokens.cpu().numpy(), batch.counts.cpu().numpy())
+        rows = zip(batch.tokens.tolist(), batch.counts.tolist(), strict=True)
+        self.slots.record(batch.slot.tolist(), [row[:count] for row, count in rows])
 
     def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Slots ``dst`` become copies of ``src``, all at the same time; their random keys stay."""
