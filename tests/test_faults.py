@@ -101,7 +101,7 @@ class Companions(DeviceLogitsProcessor):
         return None
 
     def companions(self, view):
-        return [[1]]
+        return [[1, 1000]]
 
 
 class StopFloat(DeviceStoppingCriterion):
@@ -231,7 +231,7 @@ def test_a_streaming_user_is_told(runner):
             "'not_a_processor' is a dict, not a LogitsProcessor",
         ),
         ({"logits_processors": "cannot_be_made"}, PluginRuntimeError, "'cannot_be_made' of local .* ZeroDivisionError"),
-        ({"logits_processors": "Companions"}, ConfigError, "'Companions' needs 'companions'"),
+        ({"logits_processors": "Companions"}, PluginContractError, "'Companions' .* token id 1000, outside the vocabu"),
         ({"logits_processors": [use("Raises", a=1)]}, ConfigError, "takes no parameters"),
     ],
 )

@@ -56,8 +56,8 @@ class StepLoop:
         """
         plan, sampling = self.branches.plan(request, beside), request.sampling
         self.cache.check_window(sampling.max_attention_window_size, sampling.sink_token_length)
-        most = plan.branching.max_branches
-        self.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority, most)
+        most, beside = plan.branching.max_branches, [len(each) for one in plan.companions for each in one.prompts]
+        self.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority, most, beside)
         return plan
 
     @torch.inference_mode()
@@ -98,6 +98,7 @@ class StepLoop:
         """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them.
 
         A branch may run more than it has: drafts that ``propose`` found. Then it gets as many tokens as are accepted.
+        One with companions runs its last known token in a step with theirs: see ``Companions.share``.
         """
         rows = self._rows(slots, counts)
         self.cache.extend(rows.slots, rows.counts)
@@ -127,13 +128,17 @@ class StepLoop:
     def _choose(self, rows: Rows, logits: torch.Tensor) -> list[Delta]:
         """Next tokens for the asking rows from their raw logits, float32 ``[n, vocab_size_padded]``."""
         branches, slots, drafts = self.branches, rows.slots[rows.asking].tolist(), rows.drafts
-        if branches.unborn and (parents := branches.born(slots, self.cache)):
+        beside = None
+        if branches.companions:
+            slots, logits, drafts, beside = branches.companions.parted(slots, logits, drafts)
+        if branches.unborn and (parents := branches.born(slots, self.cache, beside)):
             logits, drafts = with_copies(logits, drafts, parents)
         at = self._positions(slots, drafts)
         branches.gathering.note(at.slots_by_position, logits)
         branches.pipeline.prepare(at)
         scored = branches.wants_log_probs
-        processed, scores = branches.pipeline.apply(logits, at.slot, at.offset, at.draft, scored)
+        shown = None if beside is None else branches.companions.shown(at.slots_by_position, beside)
+        processed, scores = branches.pipeline.apply(logits, at.slot, at.offset, at.draft, scored, shown)
         # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
         wanted = processed if branches.wants_logits else None
         looks = wanted is not None or (scored and scores is processed)

@@ -336,6 +336,26 @@ class HostTakesTooMuchBack(Alternating):
         return state[: max(0, len(state) - n - 1)]
 
 
+class EmptyCompanion(Counting):
+    def companions(self, view):
+        return [view.prompt[1:]]
+
+
+class OtherCompanions(Counting):
+    """What it wants depends on how often anybody was asked."""
+
+    asked = 0
+
+    def companions(self, view):
+        OtherCompanions.asked += 1
+        return [[self.asked % 5]]
+
+
+class BlindToCompanions(Alternating):
+    def companions(self, view):
+        return [[1]]
+
+
 class MaskOfTheStepBefore(Alternating):
     """What it says when its mask is prepared depends on who asks."""
 

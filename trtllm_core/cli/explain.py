@@ -75,6 +75,7 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     return {
         "hash": plan.digest(),
         "branches": asdict(plan.branching),
+        "companions": {one.name: len(one.prompts) for one in plan.companions},
         "positions": plan.positions,
         "preset": request.preset,
         "phases": _phases(request),
@@ -147,6 +148,10 @@ def _print_fields(plan: Plan, request: SamplingConfig) -> None:
                 f"starts with {branching.branches}, has up to {branching.max_branches}, returns {branching.returns}",
             )
         )
+    lines += [
+        ("companions", f"{one.name}: {len(one.prompts)} beside each branch, a slot each, with the same tokens")
+        for one in plan.companions
+    ]
     if plan.positions > 1:
         lines.append(("drafts", f"up to {plan.positions} positions of a branch are verified in a step"))
     lines += [("note", note) for note in plan.notes]

@@ -67,7 +67,7 @@ class _Members:
             if held:
                 raise ConfigError(
                     f"{type(thing).__name__} runs a model of its own ({held[0]}), beside the engine and its cache: "
-                    "use a plugin that asks for companion branches instead"
+                    "use a plugin that asks for companions instead, such as cfg of trtllm-contrib-cfg"
                 )
         known = all(type(thing).__name__ in STATELESS and _is_theirs(thing) for thing in self.objects)
         self.stateless = known if stateless is None else stateless

@@ -13,6 +13,8 @@ import torch
 from trtllm_core.config import EngineConfig
 from trtllm_core.decoding.choice import Choice, Outcome
 from trtllm_core.decoding.choosing import Choosers
+from trtllm_core.decoding.companion_prompts import check_prompts
+from trtllm_core.decoding.companions import Beside, Companions
 from trtllm_core.decoding.conditions import Conditions
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
 from trtllm_core.decoding.gathering import Gathering, PromptScores
@@ -47,6 +49,7 @@ class BranchTable:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         build = config.build
+        self._config = config
         self.planner = planner
         self.end_ids = end_ids
         self.slots = Slots(
@@ -60,10 +63,11 @@ class BranchTable:
         )
         self.conditions = Conditions(build.max_branches)
         self.gathering = Gathering()
+        self.companions = Companions(build.max_branches, device)
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
         self.samplers = Samplers(context)
-        self.choosers = Choosers(context, Host(self.pipeline, self.samplers))
+        self.choosers = Choosers(context, Host(self.pipeline, self.samplers, self.companions))
         self.rules = StoppingRules(context, history)
         self.stages: tuple[Stages[Any], ...] = (self.pipeline, self.samplers, self.choosers, self.rules)
         """The kinds of plugins at work."""
@@ -96,7 +100,9 @@ class BranchTable:
         """The plan of a request; ``beside`` as for ``Planner.plan``."""
         if request.text and self._token_bytes is None:
             raise ConfigError("text was asked for, but the engine has no tokenizer")
-        return self.planner.plan(request.sampling, request.processors, request.criteria, beside, request.prompt)
+        plan = self.planner.plan(request.sampling, request.processors, request.criteria, beside, request.prompt)
+        check_prompts(plan.companions, request, self._config)
+        return plan
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
@@ -104,9 +110,12 @@ class BranchTable:
         """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
         plan = self.plan(request, self.pipeline.beside(request.sampling.preset))
         count = plan.branching.max_branches
-        if self.slots.free < count:
+        beside = [prompt for one in plan.companions for prompt in one.prompts]
+        if self.slots.free < count * (1 + len(beside)):
             return None
-        slots = tuple(self.slots.take() for _ in range(count))
+        slots = tuple(self.slots.take() for _ in range(count * (1 + len(beside))))
+        companions = dict(zip(slots[count:], beside * count, strict=True))
+        leading = {slots[0], *slots[count : count + len(beside)]}
         admitted: list[int] = []
         hits: list[int] = []
         live = None
@@ -114,8 +123,9 @@ class BranchTable:
             sampling = request.sampling
             for slot in slots:
                 # The first runs the prompt, and the others become copies of it: they need as much room, and no prompt.
-                prompt = () if admitted else request.prompt
-                new = len(request.prompt) - len(prompt) + sampling.max_new_tokens
+                own = companions.get(slot, request.prompt)
+                prompt = own if slot in leading else ()
+                new = len(own) - len(prompt) + sampling.max_new_tokens
                 admission = cache.admit(slot, prompt, new, request.reuse_key, sampling.cache_priority)
                 if admission is None:
                     break
@@ -125,7 +135,7 @@ class BranchTable:
                 context = self.slots.context
                 scores = PromptScores.of(request, context.vocab_size, context.vocab_size_padded)
                 most = min(len(request.prompt) + sampling.max_new_tokens, context.max_seq_len)
-                live = LiveRequest(request, plan, slots, most, scores, hits[0])
+                live = LiveRequest(request, plan, slots[:count], most, scores, hits[0], companions)
                 self._begin(live)
         except BaseException:
             self._give_back(slots, admitted, cache)
@@ -143,15 +153,16 @@ class BranchTable:
     def take_up(self, live: LiveRequest, cache: KVCache) -> bool:
         """See ``StepLoop.resume``: room for all of its branches, or for none."""
         request, slots = live.request, self._slots_of(live)
-        longest = len(request.prompt) + request.sampling.max_new_tokens
         first = live.running[0].slot
+        leading = {first, *self.companions.of.get(first, ())}
         admitted: list[int] = []
         try:
-            for slot in sorted(slots, key=lambda slot: slot != first):
+            for slot in sorted(slots, key=lambda slot: slot not in leading):
                 # Of several branches one asks for what is still kept; the others compute what they have, or rest.
-                text = self.slots.history(slot) if slot == first else []
+                text = self.slots.history(slot) if slot in leading else []
+                new = len(live.companions.get(slot, request.prompt)) + request.sampling.max_new_tokens - len(text)
                 key, priority = request.reuse_key, request.sampling.cache_priority
-                if cache.admit(slot, text, longest - len(text), key, priority) is None:
+                if cache.admit(slot, text, new, key, priority) is None:
                     break
                 admitted.append(slot)
         finally:
@@ -161,8 +172,8 @@ class BranchTable:
         return not live.put_off
 
     def _slots_of(self, live: LiveRequest) -> list[int]:
-        """The slots that a request still has."""
-        return [slot for slot in live.slots if self.owners.get(slot) is live]
+        """The slots that a request still has, those of its companions included."""
+        return [slot for slot in (*live.slots, *live.companions) if self.owners.get(slot) is live]
 
     def _begin(self, live: LiveRequest) -> None:
         """Everything that is kept by slot learns of the branches. A plugin that fails ends the request at once."""
@@ -182,6 +193,14 @@ class BranchTable:
             if number < plan.branching.branches:
                 stream = TextStream(self._token_bytes) if request.text and self._token_bytes is not None else None
                 live.unborn.append(Branch(live, slot, number, stream=stream))
+        for slot, prompt in live.companions.items():
+            self.owners[slot] = live
+            self.slots.begin(slot, prompt, 0)
+            self.conditions.begin(slot, request)
+        beside = iter(live.companions)
+        for slot in live.slots if live.companions else ():
+            mine = [next(beside) for _ in range(len(live.companions) // len(live.slots))]
+            self.companions.begin(slot, mine, plan.companions)
         first = live.unborn.pop(0)
         live.running.append(first)
         self.live[first.slot] = first
@@ -206,11 +225,11 @@ class BranchTable:
         if admitted:
             cache.release(np.array(admitted))
 
-    def born(self, slots: list[int], cache: KVCache) -> list[int]:
+    def born(self, slots: list[int], cache: KVCache, beside: Beside | None = None) -> list[int]:
         """Prompts are through: the other branches of their requests begin, and share the prompt's cache.
 
         They were begun like the first, so that nothing but the cache is forked. The slots that begin are appended to
-        ``slots``.
+        ``slots``, and their companions to those ``beside``.
 
         Returns:
             For each of them, the place in ``slots`` of the branch whose logits are theirs, too.
@@ -229,7 +248,11 @@ class BranchTable:
             live.running += live.unborn
             live.unborn = []
         if dst:
-            cache.fork(np.array(src), np.array(dst))
+            sources, copies = self.companions.with_pairs(src, dst)
+            cache.fork(np.array(sources), np.array(copies))
+            if beside is not None:
+                own = len(dst)
+                beside.rows.update((b, beside.rows[a]) for a, b in zip(sources[own:], copies[own:], strict=True))
             slots += dst
         return rows
 
@@ -241,7 +264,7 @@ class BranchTable:
         live.hypotheses.append(branch.hypothesis(reason, stop))
         live.running.remove(branch)
         del self.live[branch.slot]
-        self._left.append(branch.slot)
+        self._left += (branch.slot, *self.companions.of.get(branch.slot, ()))
 
     def end(self, live: LiveRequest, reason: str | None, told: Collection[int] = ()) -> list[Delta]:
         """A request is over.
@@ -298,6 +321,7 @@ class BranchTable:
             for name, seconds in stages.end(slot).items():
                 if owner is not None:
                     owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
+        self.companions.end(slot)
         self.conditions.end(slot)
         self.gathering.end(slot)
         self.slots.give(slot)

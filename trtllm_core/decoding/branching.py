@@ -74,6 +74,7 @@ def positions_of(
     others: Sequence[PlanItem],
     offers: frozenset[str],
     rewindable: int | None = None,
+    with_companions: frozenset[object] = frozenset(),
 ) -> tuple[int, tuple[str, ...]]:
     """How many positions a branch verifies at once, and notes where that is fewer than were asked for.
 
@@ -84,13 +85,18 @@ def positions_of(
         others: processors and criteria.
         offers: what backend, loop and engine can give.
         rewindable: how many tokens can leave the cache again; None: all.
+        with_companions: keys of processors with companions, which run the tokens that were committed, and no drafts.
     """
     taker = decoder if isinstance(decoder.plugin, Sampler) else sampler
     forcing = [item for item in others if overrides(item.plugin, HostLogitsProcessor, "forced")]
     proposes = branching.max_positions > 1
     if not proposes and (taker is None or not forcing):
         return 1, ()
-    against = [item.name for item in others if item.plugin.capabilities.speculation == "none"]  # type: ignore[attr-defined]
+    against = [
+        item.name
+        for item in others
+        if item.plugin.capabilities.speculation == "none" or item.key in with_companions  # type: ignore[attr-defined]
+    ]
     if taker is not None and not taker.plugin.capabilities.per_position:  # type: ignore[attr-defined]
         against.append(taker.name)
     against += sorted({"multi_position", "kv_rewind"} - offers)

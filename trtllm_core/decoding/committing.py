@@ -103,19 +103,25 @@ def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[Li
 def _fork(table: BranchTable, cache: KVCache, forks: Mapping[int, int]) -> None:
     """Slots take over the history of others, all at the same time."""
     dst, src = list(forks), list(forks.values())
-    cache.fork(np.array(src, np.int64), np.array(dst, np.int64))  # first: it reads what the slots' tokens were
-    table.slots.fork(src, dst)
+    sources, copies = table.companions.with_pairs(src, dst) if table.companions else (src, dst)
+    cache.fork(np.array(sources, np.int64), np.array(copies, np.int64))  # first: it reads what the slots' tokens were
+    table.slots.fork(sources, copies)
     for stages in table.stages:
         stages.fork(src, dst)
 
 
 def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
-    """Append ``new`` to the rows' slots, and tell the plugins."""
+    """Append ``new`` to the rows' slots, and to those of their companions, and tell the plugins."""
     counts = list(map(len, new))
     single = outcome.tokens.shape[1] == 1 and min(counts) == 1
     count = table.slots.ones(len(new)) if single else table.slots.sent(counts)
     table.slots.commit(outcome.slot, outcome.tokens, count)
     table.slots.record(outcome.slots, new, single)
+    if table.companions:
+        companions, places = table.companions.of_rows(outcome.slots)
+        slot, row = table.slots.sent(companions), table.slots.sent(places)
+        table.slots.commit(slot, outcome.tokens[row], count[row])
+        table.slots.record(companions, [new[place] for place in places], single)
     rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
     for stages in table.stages:
         stages.commit(rows)

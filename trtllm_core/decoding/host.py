@@ -110,6 +110,8 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         """Whether it has the mask-only form."""
         self.processes = kind.process is not HostLogitsProcessor.process
         """Whether it must see the logits."""
+        self.contrasts = kind.process_beside is not HostLogitsProcessor.process_beside
+        """Whether it must see those of its companions, too."""
         self.forces = kind.forced is not HostLogitsProcessor.forced
         """Whether it may know tokens in advance."""
         self._prepared: tuple[list[HostRow | None], list[int]] | None = None  # positions, and which have a mask
@@ -146,7 +148,17 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         (rows, masked), self._prepared = self._prepared, None
         if masked:
             self._masks.apply(logits, masked)
-        if self.processes:
+        if self.contrasts:
+            rows_of = None if batch.companions is None else batch.companions.tolist()
+            for i, slot, state, tokens in self._positions(rows):
+                beside = logits[:0]
+                if rows_of is not None and batch.companion_logits is not None:
+                    beside = batch.companion_logits[[row for row in rows_of[i] if row >= 0]]
+                try:
+                    self.plugin.process_beside(state, tokens, logits[i], beside)
+                except BranchError as error:
+                    self.failed[slot] = error
+        elif self.processes:
             for i, slot, state, tokens in self._positions(rows):
                 try:
                     self.plugin.process(state, tokens, logits[i])

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from trtllm_core.decoding.companions import Companions
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.stages import Stages
 from trtllm_core.decoding.verifying import checked_tokens
@@ -47,12 +48,18 @@ class Samplers(Stages[Sampler]):
 class Host:
     """See ``DecoderHost``."""
 
-    def __init__(self, pipeline: LogitsPipeline, samplers: Samplers) -> None:
+    def __init__(self, pipeline: LogitsPipeline, samplers: Samplers, companions: Companions) -> None:
         self._pipeline = pipeline
         self._samplers = samplers
+        self._companions = companions
 
     def process(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         """See ``DecoderHost``, as what follows."""
+        if self._companions and any(slot in self._companions.of for slot in batch.slot.tolist()):
+            raise PluginContractError(
+                "a decoder has logits processed that are no step's, for a request whose processor has companions: "
+                "they have none for it"
+            )
         return self._pipeline.apply(logits, batch.slot, batch.offset, batch.draft).logits.clone()
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:

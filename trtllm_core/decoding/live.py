@@ -87,6 +87,8 @@ class LiveRequest:
     """Logits and log-probabilities of its prompt, where it wants them."""
     cached_prompt: int = 0
     """Tokens of its prompt that were in the cache when it started."""
+    companions: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """The prompts of the companions of all branches, by slot."""
     running: list[Branch] = field(default_factory=list)
     """The branches that the next step runs."""
     put_off: bool = False

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from trtllm_core.decoding.companions import CompanionLogits
 from trtllm_core.decoding.host import HostProcessorAdapter, HostRow
 from trtllm_core.decoding.order import PRESETS, merged, ordered
 from trtllm_core.decoding.plan import PlanItem
@@ -133,6 +134,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         offset: torch.Tensor,
         draft: torch.Tensor | None = None,
         scored: bool = False,
+        companions: CompanionLogits | None = None,
     ) -> Processed:
         """Process ``raw`` (float32 ``[n, vocab_size_padded]``, left as it is).
 
@@ -140,6 +142,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             raw: what the engine computed.
             slot, offset, draft: the positions, as in ``LogitsBatch``.
             scored: whether somebody wants log-probabilities.
+            companions: of the step; None: it has none.
         """
         passes = [each for each in self._passes if each.stage not in self._broken]
         self._broken.clear()
@@ -152,6 +155,8 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
                     scores = logits.clone()
                 active = stage.active(slot) if flags is stage.flags else flags[slot]
                 batch = LogitsBatch(self.context, slot, offset, active, draft)
+                if companions is not None:
+                    batch = companions.seen_by(stage.item.key, batch)
                 try:
                     logits = self._checked(stage, logits, stage.call(stage.plugin.apply, logits, batch))
                     self._fail_branches(stage)

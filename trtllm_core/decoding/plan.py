@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from trtllm_core.decoding.branching import overrides
+from trtllm_core.decoding.companion_prompts import CompanionPrompts
 from trtllm_core.plugin import BranchPlan, BranchView, Decoder
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.version import __version__
@@ -54,6 +55,8 @@ class Plan:
     """What takes the tokens for a decoder that asks for a sampler."""
     positions: int = 1
     """How many positions a branch may verify at once."""
+    companions: tuple[CompanionPrompts, ...] = ()
+    """What runs beside each branch, for processors that ask for it."""
 
     @property
     def greedy(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
 from trtllm_core.decoding.branching import branching_of, overrides, positions_of
+from trtllm_core.decoding.companion_prompts import check_slots, companions_of
 from trtllm_core.decoding.making import check_kind, made, parameters
 from trtllm_core.decoding.order import PRESETS, ordered
 from trtllm_core.decoding.plan import Plan, PlanItem
@@ -46,9 +47,6 @@ CORE_FIELDS = frozenset(
 
 SAMPLER_FIELDS = frozenset({"num_return_sequences", "num_logprobs", "normalize_log_probs"})
 """Fields that it honours for requests whose decoder is a sampler."""
-
-UNUSED = ((LogitsProcessor, "companions"),)
-"""Methods that the loop does not call: a plugin that relies on one is refused rather than half used."""
 
 
 SHOWN_LOGITS = (Sampler, Decoder, DeviceStoppingCriterion)
@@ -96,7 +94,8 @@ class Planner:
 
         ``beside`` are the processors of requests of its preset that it will run together with: there is one order for
         all of them.
-        ``prompt`` is what its decoder is shown to say how many branches it needs.
+        ``prompt`` is what its decoder is shown to say how many branches it needs, and its processors, to say what is
+        to run beside them.
 
         Raises:
             ConfigError: a field that nobody honours, a wish that this session cannot meet, an order that
@@ -124,14 +123,16 @@ class Planner:
         for item in (decoder, taker, *chosen, *stops):
             offers = self.offers | {"logits"} if isinstance(item.plugin, SHOWN_LOGITS) else self.offers
             missing = item.plugin.capabilities.needs - offers  # type: ignore[attr-defined]
-            missing |= {name for base, name in UNUSED if overrides(item.plugin, base, name)}
             if missing:
                 raise ConfigError(f"plugin {item.name!r} needs {listing(missing)}, which this session cannot give it")
         chosen = ordered(chosen, sampling.preset)
         _check_beside(chosen, beside, sampling.preset)
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()), fallback=_kind)
         branching = branching_of(decoder, sampling, prompt, self.build)
-        positions, why = positions_of(branching, decoder, sampler, [*chosen, *stops], self.offers, self._rewindable)
+        companions = companions_of(chosen, sampling, prompt)
+        check_slots(branching.max_branches, companions, self.build)
+        others, beside_it = [*chosen, *stops], frozenset(one.key for one in companions)
+        positions, why = positions_of(branching, decoder, sampler, others, self.offers, self._rewindable, beside_it)
         return Plan(
             decoder,
             tuple(chosen),
@@ -143,6 +144,7 @@ class Planner:
             branching,
             sampler,
             positions,
+            companions,
         )
 
     def _sampler(self, sampling: SamplingConfig, decoder: PlanItem) -> PlanItem | None:

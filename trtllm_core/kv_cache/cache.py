@@ -53,10 +53,18 @@ class KVCache:
         self._settles = settles(policy)
         self._history = history if "tokens" in policy.needs else None
 
-    def check(self, prompt: int, max_new_tokens: int, priority: int | None = None, branches: int = 1) -> None:
+    def check(
+        self,
+        prompt: int,
+        max_new_tokens: int,
+        priority: int | None = None,
+        branches: int = 1,
+        companions: Sequence[int] = (),
+    ) -> None:
         """Refuse a request that the pool could not hold even alone, long before its turn comes.
 
-        Each of its ``branches`` is admitted as if it were alone.
+        Each of its ``branches`` is admitted as if it were alone, and so are the companions of each, which have
+        prompts of ``companions`` tokens.
 
         Raises:
             CapacityError: it needs more blocks than a slot can ever have. Only the policy's ``admit`` knows the rest.
@@ -70,16 +78,21 @@ class KVCache:
         plan = self.plan
         room = min(plan.num_blocks, plan.max_blocks_per_slot) * plan.tokens_per_block
         bounded = plan.window is None and not plan.evicts  # others take any number of tokens
-        if bounded and prompt + max_new_tokens > room:
+        longest = max((prompt, *companions))
+        if bounded and longest + max_new_tokens > room:
             raise CapacityError(
-                f"{prompt} prompt tokens and max_new_tokens {max_new_tokens} need {prompt + max_new_tokens} tokens of "
-                f"cache, but the pool has {room} for one sequence: raise KVCacheConfig.max_tokens, or ask for "
+                f"{longest} prompt tokens and max_new_tokens {max_new_tokens} need {longest + max_new_tokens} tokens "
+                f"of cache, but the pool has {room} for one sequence: raise KVCacheConfig.max_tokens, or ask for "
                 "fewer tokens"
             )
-        blocks = -(-min(prompt + max_new_tokens, plan.window or room) // plan.tokens_per_block)
+        blocks = sum(
+            -(-min(each + max_new_tokens, plan.window or room) // plan.tokens_per_block)
+            for each in (prompt, *companions)
+        )
         if branches * blocks > plan.num_blocks:
+            beside = f", with {len(companions)} companions each," if companions else ""
             raise CapacityError(
-                f"{branches} branches of {prompt} prompt tokens and max_new_tokens {max_new_tokens} need "
+                f"{branches} branches of {prompt} prompt tokens and max_new_tokens {max_new_tokens}{beside} need "
                 f"{branches * blocks} blocks of cache, but the pool has {plan.num_blocks}: raise "
                 "KVCacheConfig.max_tokens, or ask for fewer branches or tokens"
             )

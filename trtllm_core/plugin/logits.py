@@ -50,7 +50,13 @@ class LogitsProcessor(SlotPlugin):
     capabilities: ClassVar[LogitsCapabilities] = LogitsCapabilities()
 
     def companions(self, view: BranchView) -> Sequence[Sequence[int]]:
-        """Prompts of branches that run beside the request, commit the same tokens and are never emitted."""
+        """Prompts of branches that run beside each branch of a request, commit its tokens and are never emitted.
+
+        Each is a branch of its own to the cache and takes a slot. It runs in the steps of its owner; nobody processes
+        or samples its logits, which ``apply`` finds in ``LogitsBatch.companion_logits``. Asked when the request is
+        planned, before ``setup`` and maybe more than once: the answer must depend on the view alone, whose ``slot`` is
+        -1. ``ConfigError`` refuses the request. ``explain`` shows a view with an empty prompt.
+        """
         return ()
 
 
@@ -80,6 +86,10 @@ class HostLogitsProcessor(LogitsProcessor):
 
     def process(self, state: Any, tokens: Sequence[int], logits: torch.Tensor) -> None:
         """Change ``logits`` (float32 ``[vocab_size_padded]``) in place. ``tokens`` is prompt and committed."""
+
+    def process_beside(self, state: Any, tokens: Sequence[int], logits: torch.Tensor, companions: torch.Tensor) -> None:
+        """In place of ``process``, for a processor with companions: their raw logits are float32
+        ``[c, vocab_size_padded]``, read-only, in the order of ``companions``."""
 
     def mask(self, state: Any, tokens: Sequence[int], words: np.ndarray) -> bool:
         """The mask-only form: clear bit ``t % 32`` of ``words[t // 32]`` (int32 ``[ceil(vocab/32)]``, all ones at

@@ -55,6 +55,8 @@ class StepStats:
     kv_blocks_cached: int = 0
     """Of the free ones, those that are kept for reuse."""
     tokens_per_block: int = 0
+    companion_tokens: int = 0
+    """Tokens of companions, which are not counted among the others, as their rows are not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,12 @@ class LogitsBatch:
     starts: torch.Tensor | None = None
     """int64 ``[rows]``: the first position of each branch in a verify step, in which the positions of a branch follow
     each other: one more than it has drafts. None: each position is a branch."""
+    companion_logits: torch.Tensor | None = None
+    """float32 ``[m, vocab_size_padded]``: what the engine gave the step's companions, which no processor has changed.
+    Read-only. None for a processor that has no companions in this step."""
+    companions: torch.Tensor | None = None
+    """int64 ``[n, c]``, with ``companion_logits``: for each position the rows of this processor's companions there, in
+    the order of ``LogitsProcessor.companions``. -1 where a position has fewer, or is not active."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,9 @@ class Meter:
         if not self._wanted:
             return
         rows, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
+        beside = self._loop.branches.companions.here[rows]
+        self._companions = int(count[beside].sum())
+        rows, count = rows[~beside], count[~beside]
         reading = self._loop.cache.cached[rows] < self._prompts[rows]
         self._rows = len(rows)
         self._tokens = int(count[reading].sum()), int(count[~reading].sum())
@@ -73,6 +76,7 @@ class Meter:
             preemptions=preemptions,
             kv_blocks_total=usage.total,
             kv_blocks_cached=usage.cached,
+            companion_tokens=self._companions,
             tokens_per_block=self._loop.cache.plan.tokens_per_block,
         )
         self._loop.plugins.on_step_end(stats)

@@ -276,6 +276,8 @@ class Scheduler:
         """The next token of all that generate, then prompts in order, then drafts, cut to the step's budget."""
         known, cached, slots = self._lengths()
         wanted = known - cached
+        if self._loop.branches.companions:
+            return self._share(slots)
         generate = wanted == 1
         # By slot, because neighbours may be neighbours in a linear cache.
         first = np.sort(slots[generate])[: self._budget]
@@ -285,6 +287,15 @@ class Scheduler:
         rows = [*first.tolist(), *rest[parts > 0].tolist()]
         self._has_read = len(rows) > len(first)
         counts = [1] * len(first) + parts[parts > 0].tolist()
+        if self._loop.branches.verifying:
+            self._add_drafts(rows, counts)
+        return rows, counts
+
+    def _share(self, slots: np.ndarray) -> tuple[list[int], list[int]]:
+        """The same where there are companions, which run beside their branches."""
+        wanted = self._loop.branches.slots.lengths - self._loop.cache.cached
+        rows, counts = self._loop.branches.companions.share(slots.tolist(), wanted, self._budget)
+        self._has_read = bool((wanted[rows] > 1).any())
         if self._loop.branches.verifying:
             self._add_drafts(rows, counts)
         return rows, counts

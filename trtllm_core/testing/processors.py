@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from trtllm_core.decoding.host import HostProcessorAdapter
-from trtllm_core.plugin import DeviceLogitsProcessor, HostLogitsProcessor, LogitsCapabilities, Phase
+from trtllm_core.plugin import (
+    BranchView,
+    DeviceLogitsProcessor,
+    HostLogitsProcessor,
+    LogitsBatch,
+    LogitsCapabilities,
+    LogitsProcessor,
+    Phase,
+)
 from trtllm_core.plugin.lifecycle import SlotPlugin
 from trtllm_core.testing.generations import generate
 from trtllm_core.testing.kit import passed_over, require
-from trtllm_core.testing.lives import SLOTS, Life, Rig, Setting
+from trtllm_core.testing.lives import SLOTS, Branch, Life, Rig, Setting
 from trtllm_core.testing.slotkit import SlotConformance
 from trtllm_core.testing.subject import LOGITS_PROCESSOR
 
@@ -34,6 +43,8 @@ class ProcessorRig(Rig[torch.Tensor]):
         self.rows = rows.mul_(3).to(context.device)
         """The raw logits of each slot, as a model with a padded vocabulary gives them."""
         self.rows[:, context.vocab_size :] = torch.finfo(torch.float32).min
+        self.prompts: dict[int, tuple[tuple[int, ...], ...]] = {}
+        """The companions of each slot, as the plugin asked for them."""
 
     def wrapped(self, plugin: Any) -> SlotPlugin:
         """See ``Rig``, as all that follows."""
@@ -42,13 +53,34 @@ class ProcessorRig(Rig[torch.Tensor]):
         require(isinstance(plugin, DeviceLogitsProcessor), f"it is a {type(plugin).__name__}, no logits processor")
         return plugin  # type: ignore[no-any-return]
 
+    def begin(self, slot: int, branch: Branch) -> None:
+        case = branch.case
+        view = BranchView("", 0, -1, branch.prompt, case.sampling, self.setting.end_ids, branch.seed, case.params)
+        self.prompts[slot] = tuple(map(tuple, self.plugin.companions(view)))
+        super().begin(slot, branch)
+
+    def positions(self, slots: Sequence[int], **rows: Any) -> LogitsBatch:
+        """A step's positions, as ``Floor.positions``, with the logits of the slots' companions."""
+        batch = self.floor.positions(slots, **rows)
+        of = [self.prompts.get(slot, ()) for slot in slots]
+        width = max(map(len, of), default=0)
+        if not width:
+            return batch
+        # Any rows will do that go by the slot alone. They stand in another order than the positions.
+        logits, index = [], torch.full((len(slots), width), -1)
+        for i in reversed(range(len(slots))):
+            for j in range(len(of[i])):
+                index[i, j] = len(logits)
+                logits.append(self.rows[(slots[i] + 1 + j) % len(self.rows)])
+        return replace(batch, companion_logits=torch.stack(logits), companions=index.to(batch.slot.device))
+
     def answers(self, slots: Sequence[int]) -> dict[int, torch.Tensor]:
         return dict(zip(slots, self.processed(slots), strict=True))
 
     def processed(self, slots: Sequence[int], logits: torch.Tensor | None = None, **rows: Any) -> torch.Tensor:
         """What ``apply`` makes of a step's logits; None takes each slot's own."""
         given = (self.rows[list(slots)] if logits is None else logits).clone()
-        batch = self.floor.positions(slots, **rows)
+        batch = self.positions(slots, **rows)
         result = self.call(self.acting.apply, given, batch)
         require(result is None or isinstance(result, torch.Tensor), f"apply returned a {type(result).__name__}")
         result = given if result is None else result
@@ -107,7 +139,7 @@ class LogitsProcessorConformance(SlotConformance[ProcessorRig]):
 
     def question(self, rig: ProcessorRig, slots: Sequence[int]) -> Callable[[], torch.Tensor]:
         """See ``SlotConformance``."""
-        raw, batch = rig.rows[list(slots)], rig.floor.positions(slots)
+        raw, batch = rig.rows[list(slots)], rig.positions(slots)
         work = raw.clone()
 
         def ask() -> torch.Tensor:
@@ -133,6 +165,26 @@ class LogitsProcessorConformance(SlotConformance[ProcessorRig]):
                 f'it declares speculation="{plugin.capabilities.speculation}", but cannot take tokens back: '
                 "write take_back",
             )
+
+    def test_companions(self) -> None:
+        """They are prompts of the vocabulary's tokens, the same for the same view, before ``setup`` too."""
+        subject = self.subject()
+        plugin, another = subject.make(), subject.make()
+        if type(plugin).companions is LogitsProcessor.companions:
+            passed_over("it asks for no companions")
+        if isinstance(plugin, HostLogitsProcessor):
+            unseen = type(plugin).process_beside is HostLogitsProcessor.process_beside
+            require(not unseen, "it asks for companions and never sees their logits: write process_beside")
+        vocab = self.setting().vocab_size
+        for case in self.cases():
+            for prompt in ((1,), (3, 1, 2)):
+                view = BranchView("", 0, -1, prompt, case.sampling, (), 1, case.params)
+                prompts = plugin.companions(view)
+                for one in prompts:
+                    sane = len(one) > 0 and all(0 <= token < vocab for token in one)
+                    require(sane, f"for prompt {list(prompt)} it asks for the companion {one!r}")
+                again = [list(one) for one in another.companions(view)]
+                require(again == [list(one) for one in prompts], "asked again, it wants other companions")
 
     def test_it_does_something(self) -> None:
         """With the parameters tried, some logit changes; else the other checks see little."""

@@ -67,7 +67,9 @@ class LogitsProcessorSpecs:
 
         Tensors: ``DeviceLogitsProcessor.apply`` gets ``logits``, float32 ``[n, vocab_size_padded]`` on the session's
         device, which it may change in place or replace by a new tensor of the same shape, dtype and device; rows whose
-        ``batch.active`` is False must stay as they are. ``LogitsBatch`` and ``DecodingContext`` are read-only.
+        ``batch.active`` is False must stay as they are. ``LogitsBatch`` and ``DecodingContext`` are read-only. A
+        processor whose ``companions`` returns prompts finds what the engine gave them in ``batch.companion_logits``,
+        float32 ``[m, vocab_size_padded]``, at the rows ``batch.companions``, int64 ``[n, c]`` (-1: none there).
         ``HostLogitsProcessor.process`` gets one row, float32 ``[vocab_size_padded]``, to change in place; ``mask`` gets
         a NumPy array, int32 ``[ceil(vocab_size / 32)]``, whose bits it may clear.
 
