@@ -56,8 +56,8 @@ class StepLoop:
         """
         plan, sampling = self.branches.plan(request, beside), request.sampling
         self.cache.check_window(sampling.max_attention_window_size, sampling.sink_token_length)
-        most, beside = plan.branching.max_branches, [len(each) for one in plan.companions for each in one.prompts]
-        self.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority, most, beside)
+        most, companions = plan.branching.max_branches, [len(each) for one in plan.companions for each in one.prompts]
+        self.cache.check(len(request.prompt), sampling.max_new_tokens, sampling.cache_priority, most, companions)
         return plan
 
     @torch.inference_mode()

@@ -67,7 +67,8 @@ class ProcessorRig(Rig[torch.Tensor]):
         if not width:
             return batch
         # Any rows will do that go by the slot alone. They stand in another order than the positions.
-        logits, index = [], torch.full((len(slots), width), -1)
+        logits: list[torch.Tensor] = []
+        index = torch.full((len(slots), width), -1)
         for i in reversed(range(len(slots))):
             for j in range(len(of[i])):
                 index[i, j] = len(logits)
