@@ -117,10 +117,10 @@ def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
     count = table.slots.ones(len(new)) if single else table.slots.sent(counts)
     table.slots.commit(outcome.slot, outcome.tokens, count)
     table.slots.record(outcome.slots, new, single)
-    if table.companions:
-        companions, places = table.companions.of_rows(outcome.slots)
-        slot, row = table.slots.sent(companions), table.slots.sent(places)
-        table.slots.commit(slot, outcome.tokens[row], count[row])
+    companions, places = table.companions.of_rows(outcome.slots) if table.companions else ([], [])
+    if companions:
+        row = table.slots.sent(places)
+        table.slots.commit(table.slots.sent(companions), outcome.tokens[row], count[row])
         table.slots.record(companions, [new[place] for place in places], single)
     rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
     for stages in table.stages:
