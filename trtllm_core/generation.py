@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from trtllm_core.batch_input import make_requests, unpack
 from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig, with_fields
+from trtllm_core.debugging import DebugBuffers
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.decoding.live import LiveRequest
@@ -42,7 +44,10 @@ class GenerationSession(EngineProperties):
         model_config: what the engine must be of; None takes the engine's own.
         engine_buffer: a rank's engine: path, mapping or bytes, or a ``Session``.
         mapping: this rank's place; None is a world of one.
-        debug_mode: checks shapes, dtypes and NaN after every plugin.
+        debug_mode: checks shapes, dtypes and NaN after every plugin, and keeps the tensors of the engine's last run
+            for ``dump_debug_buffers``; without CUDA graphs.
+        debug_tensors_to_save: names of those that are kept; None: all.
+        debug_dir: a folder for the tensors of every run; None: only those that are asked for are written.
         kv_cache: policy and size of the KV cache.
         plugins: where everything is looked up; None loads what is installed.
         tokenizer: of the engine; needed by stop strings and text deltas.
@@ -57,7 +62,9 @@ class GenerationSession(EngineProperties):
         engine_buffer: Serialized | Session,
         mapping: Mapping | None = None,
         debug_mode: bool = False,
+        debug_tensors_to_save: Sequence[str] | None = None,
         *,
+        debug_dir: Path | str | None = None,
         kv_cache: KVCacheConfig | None = None,
         plugins: Plugins | None = None,
         tokenizer: Tokenizer | None = None,
@@ -80,6 +87,10 @@ class GenerationSession(EngineProperties):
             )
         self.tokenizer = tokenizer
         self.debug_mode = debug_mode
+        if debug_mode:
+            self.session.start_debug(DebugBuffers(debug_tensors_to_save, debug_dir, self.mapping.rank))
+        elif debug_tensors_to_save is not None or debug_dir is not None:
+            raise ConfigError("debug_tensors_to_save and debug_dir need debug_mode")
         self.kv_config = kv_cache or KVCacheConfig()
         ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
         token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
@@ -286,6 +297,14 @@ class GenerationSession(EngineProperties):
     def take_back(self) -> None:
         """The session may be used again by all."""
         self._batch.user = None
+
+    def dump_debug_buffers(self, step: int, folder: Path | str | None = None) -> list[Path]:
+        """Write the tensors of the engine's last run; see ``Session.dump_debug_buffers``.
+
+        Raises:
+            ConfigError: the session is not in debug mode.
+        """
+        return self.session.dump_debug_buffers(step, folder)
 
     def close(self) -> None:
         """Tell the observers that the session is over, once."""

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from trtllm_core.config import EngineConfig
+from trtllm_core.debugging import DebugBuffers
 from trtllm_core.engine.load import Serialized, load_directory, load_engine
 from trtllm_core.errors import BackendError, ConfigError, listing
 from trtllm_core.plugin import Executable, Plugins, TensorSpec
+from trtllm_core.pointers import Pointer
+
+Given = torch.Tensor | Pointer
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Session:
         self._specs = {spec.name: spec for spec in executable.tensors}
         self._inputs = frozenset(name for name, spec in self._specs.items() if spec.is_input)
         self._outputs = self._specs.keys() - self._inputs
+        self.debug: DebugBuffers | None = None
+        """In debug mode, the tensors of the last run; see ``start_debug``."""
         self._needed = frozenset(name for name in self._inputs if not self._specs[name].optional)
 
     @classmethod
@@ -114,8 +120,36 @@ class Session:
             out.append(TensorInfo(spec.name, getattr(torch, spec.dtype), shape))
         return out
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int = 0) -> bool:
+    @property
+    def debug_mode(self) -> bool:
+        """Whether the tensors of each run are kept."""
+        return self.debug is not None
+
+    def start_debug(self, debug: DebugBuffers | None = None) -> None:
+        """Keep the tensors of each run from now on: inputs, outputs, and what the backend has between them.
+
+        Each run then waits for the device, and none is replayed from a CUDA graph.
+        """
+        self.debug = debug or DebugBuffers()
+        self._executable.debugging = True
+
+    def dump_debug_buffers(self, step: int, folder: Path | str | None = None) -> list[Path]:
+        """Write the last run's tensors as ``FOLDER/rank{r}/{name}-step{step}.npy``, and say where.
+
+        Raises:
+            ConfigError: the session is not in debug mode.
+        """
+        if self.debug is None:
+            raise ConfigError("the session keeps no tensors: it is not in debug_mode")
+        return self.debug.dump(step, folder)
+
+    def run(self, inputs: Mapping[str, Given], outputs: Mapping[str, Given], stream: int = 0) -> bool:
         """Run once into ``outputs``. Asynchronous where the device is: the caller synchronises ``stream``.
+
+        Args:
+            inputs: tensors, or pointers to memory that others own.
+            outputs: alike; they are written.
+            stream: a raw CUDA stream; 0 is the one that PyTorch works on.
 
         Returns True; a run that could not be enqueued raises instead of returning False.
 
@@ -126,8 +160,18 @@ class Session:
         if not (self._needed <= inputs.keys() and self._outputs <= outputs.keys()):
             missing = (self._needed - inputs.keys()) | (self._outputs - outputs.keys())
             raise ConfigError(f"run() lacks {listing(missing)}: it takes every input and output of the engine")
-        self._executable.execute(inputs, outputs, stream)
+        given, results = self._tensors(inputs), self._tensors(outputs)
+        self._executable.execute(given, results, stream)
+        if self.debug is not None:
+            if stream and self.device.type == "cuda":
+                torch.cuda.ExternalStream(stream, device=self.device).synchronize()  # type: ignore[no-untyped-call]
+            self.debug.take({**given, **self._executable.debug_tensors(), **results})
         return True
+
+    def _tensors(self, given: Mapping[str, Given]) -> Mapping[str, torch.Tensor]:
+        if not any(isinstance(one, Pointer) for one in given.values()):
+            return given  # type: ignore[return-value]
+        return {name: one.tensor(self.device) if isinstance(one, Pointer) else one for name, one in given.items()}
 
     def _input(self, name: str) -> TensorSpec:
         spec = self._specs.get(name)

@@ -108,6 +108,8 @@ class Executable(ABC):
     capabilities: Capabilities
     device: torch.device
     tensors: tuple[TensorSpec, ...]
+    debugging: bool = False
+    """Set by a session in debug mode: runs keep what ``debug_tensors`` gives, and are not replayed from graphs."""
 
     @abstractmethod
     def allocate_kv(self, plan: KVPlan) -> int:
@@ -146,6 +148,10 @@ class Executable(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank."""
+
+    def debug_tensors(self) -> Mapping[str, torch.Tensor]:
+        """While ``debugging``, of the last run what lies between inputs and outputs, by name; until the next run."""
+        return {}
 
     def put_adapter(self, index: int, adapter: Mapping[str, Sequence[LowRank]]) -> None:
         """Keep an adapter for rows whose ``lora_ids`` say ``index``, instead of any before it; an empty one drops it.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_core.backends.onnxruntime.executable import open_session
+from trtllm_core.testing import host_cuda
 
 __name__ = "tensorrt_double"  # what messages call it
 __version__ = "11.1.0"
@@ -43,6 +44,14 @@ class EngineValidity(enum.Enum):
 
     VALID = 0
     INVALID = 2
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    """Who gives a context its memory."""
+
+    STATIC = 0
+    ON_PROFILE_CHANGE = 1
+    USER_MANAGED = 2
 
 
 class EngineInvalidityDiagnostics(enum.IntFlag):
@@ -76,9 +85,12 @@ class Logger:
         self.severity = severity
 
 
-def serialise(graph: Path, profiles: Sequence[Mapping[str, Bounds]], version: str = __version__) -> bytes:
-    """What stands for a serialised engine: where its graph is, and its profiles."""
-    return json.dumps({"graph": str(graph), "profiles": list(profiles), "version": version}).encode()
+def serialise(
+    graph: Path, profiles: Sequence[Mapping[str, Bounds]], version: str = __version__, streamable: int = 0
+) -> bytes:
+    """What stands for a serialised engine: where its graph is, its profiles, and bytes of weights to stream."""
+    told = {"graph": str(graph), "profiles": list(profiles), "version": version, "streamable": streamable}
+    return json.dumps(told).encode()
 
 
 class Runtime:
@@ -103,13 +115,13 @@ class Runtime:
             told = json.loads(bytes(plan))
         except ValueError:
             return None
-        return Engine(Path(told["graph"]), told["profiles"])
+        return Engine(Path(told["graph"]), told["profiles"], told["streamable"])
 
 
 class Engine:
     """``ICudaEngine``."""
 
-    def __init__(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]]) -> None:
+    def __init__(self, graph: Path, profiles: Sequence[Mapping[str, Bounds]], streamable: int = 0) -> None:
         self.graph = graph
         self.session = open_session(graph)
         self._inputs = {one.name: one for one in self.session.get_inputs()}
@@ -118,6 +130,9 @@ class Engine:
         self._profiles = profiles
         self.num_io_tensors = len(self._all)
         self.num_optimization_profiles = len(profiles)
+        self.streamable_weights_size, self._budget = streamable, 0
+        self.contexts: list[Context] = []
+        """All that were made."""
 
     def get_tensor_name(self, index: int) -> str:
         """Inputs first."""
@@ -145,12 +160,30 @@ class Engine:
         least, usual, most = self._profiles[profile].get(name, (fixed, fixed, fixed))
         return tuple(least), tuple(usual), tuple(most)
 
-    streamable_weights_size = 0
-
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         """Of activations: here so many bytes as tokens in the profile's largest batch, whole pages of 256."""
         rows, tokens = self.get_tensor_profile_shape("input_ids", profile)[2]
         return -(-rows * tokens // 256) * 256
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """Of the most demanding profile."""
+        return max(map(self.get_device_memory_size_for_profile_v2, range(self.num_optimization_profiles)))
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        """Bytes of weights that stay on the GPU."""
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert not self.contexts, "the budget is set while there are contexts"
+        assert 0 <= budget <= self.streamable_weights_size, "the budget is more than there is"
+        self._budget = budget
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        """What TensorRT proposes: here half."""
+        return self.streamable_weights_size // 2
 
     def create_runtime_config(self) -> RuntimeConfig:
         """``IRuntimeConfig``."""
@@ -158,7 +191,8 @@ class Engine:
 
     def create_execution_context(self, config: RuntimeConfig) -> Context:
         """``IExecutionContext``, on profile 0."""
-        return Context(self)
+        self.contexts.append(Context(self, config))
+        return self.contexts[-1]
 
     def create_engine_inspector(self) -> Inspector:
         """``EngineInspector``."""
@@ -169,6 +203,11 @@ class RuntimeConfig:
     """``IRuntimeConfig`` of tensorrt_rtx."""
 
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
+    allocation_strategy = ExecutionContextAllocationStrategy.STATIC
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        """Who gives the context its memory."""
+        self.allocation_strategy = strategy
 
     def create_runtime_cache(self) -> RuntimeCache:
         """A cold one."""
@@ -210,19 +249,33 @@ class Inspector:
 class Context:
     """``IExecutionContext``."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._profile = engine, 0
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        self._engine, self.config, self.profile = engine, config, 0
+        self._memory: tuple[int, int] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._settled: dict[str, tuple[int, ...]] | None = None
+        """Shapes of the last execution that was not captured."""
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> Any:
         """Which profile's shapes it takes."""
-        self._profile = profile
-        return 0 <= profile < self._engine.num_optimization_profiles
+        assert not host_cuda.capturing(stream), "a profile is chosen while its stream is captured"
+        if not 0 <= profile < self._engine.num_optimization_profiles:
+            return False
+        self.profile, self._shapes, self._memory = profile, {}, None
+        return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        """What the context works in."""
+        managed = self.config.allocation_strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        assert managed, "a context that has its own memory is given some"
+        assert memory % 256 == 0, "device memory is not aligned to 256 bytes"
+        assert size >= self._engine.get_device_memory_size_for_profile_v2(self.profile), "too little device memory"
+        self._memory = memory, size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> Any:
         """False where the profile does not admit it."""
-        least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
+        least, _, most = self._engine.get_tensor_profile_shape(name, self.profile)
         fits = len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
         if fits:
             self._shapes[name] = shape
@@ -247,25 +300,35 @@ class Context:
         return (*self._shapes["logit_indices"], self._engine.get_tensor_shape(name)[-1])
 
     def execute_async_v3(self, stream: int) -> Any:
-        """Run now. Raises AssertionError for what TensorRT would leave undefined."""
-        engine, binding = self._engine, self._engine.session.io_binding()
-        for i in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(i)
-            assert name in self._addresses, f"{name} has no address"
-            source = engine.get_aliased_input_tensor(name)
-            assert source is None or self._addresses[name] == self._addresses[source], (
-                f"{name} is not {source} in place"
-            )
-            bind = binding.bind_input if engine.get_tensor_mode(name) == TensorIOMode.INPUT else binding.bind_output
-            bind(name, "cpu", 0, engine.get_tensor_dtype(name), self.get_tensor_shape(name), self._addresses[name])
-        self._check_writes()
-        engine.session.run_with_iobinding(binding)
+        """Run now, or where the stream is captured, later. Raises AssertionError for what TensorRT leaves undefined."""
+        if self.config.allocation_strategy == ExecutionContextAllocationStrategy.USER_MANAGED:
+            assert self._memory is not None, "a context whose memory is the user's has none"
+            host_cuda.use_memory(self._memory[0], stream)
+        if host_cuda.capturing(stream):
+            assert self._settled == self._shapes, "shapes are captured that were not run before"
+        else:
+            self._settled = dict(self._shapes)
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        host_cuda.enqueue(stream, lambda: self._execute(shapes, addresses))
         return True
 
-    def _check_writes(self) -> None:
-        (batch, tokens), capacity = self._shapes["input_ids"], self._shapes["past_key_0"][2]
-        write = np.ctypeslib.as_array(
-            ctypes.cast(self._addresses["write_indices"], ctypes.POINTER(ctypes.c_int64)), (batch,)
-        )
-        assert (write >= 0).all(), "a row is written before its cache"
-        assert (write + tokens <= capacity).all(), "a row is written beyond its cache"
+    def _execute(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        engine, binding = self._engine, self._engine.session.io_binding()
+        current, self._shapes = self._shapes, dict(shapes)
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            assert name in addresses, f"{name} has no address"
+            source = engine.get_aliased_input_tensor(name)
+            assert source is None or addresses[name] == addresses[source], f"{name} is not {source} in place"
+            bind = binding.bind_input if engine.get_tensor_mode(name) == TensorIOMode.INPUT else binding.bind_output
+            bind(name, "cpu", 0, engine.get_tensor_dtype(name), self.get_tensor_shape(name), addresses[name])
+        self._shapes = current
+        _check_writes(shapes, addresses)
+        engine.session.run_with_iobinding(binding)
+
+
+def _check_writes(shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+    (batch, tokens), capacity = shapes["input_ids"], shapes["past_key_0"][2]
+    write = np.ctypeslib.as_array(ctypes.cast(addresses["write_indices"], ctypes.POINTER(ctypes.c_int64)), (batch,))
+    assert (write >= 0).all(), "a row is written before its cache"
+    assert (write + tokens <= capacity).all(), "a row is written beyond its cache"

@@ -22,6 +22,7 @@ from trtllm_core.errors import (
 )
 from trtllm_core.testing import tensorrt_double as double
 from trtllm_core.testing.checkpoints import write_llama
+from trtllm_core.testing.host_cuda import HostCuda
 from trtllm_core.testing.reference import ReferenceModel
 
 from .conftest import LIMITS
@@ -139,13 +140,13 @@ def test_another_version_of_a_plan(make_graph: Any) -> None:
     with pytest.raises(
         EngineUnsupportedError, match="cannot run this engine on this machine: it is of another version"
     ):
-        TensorRTRuntime(double, double.serialise(graph.path, [], version="11.0.0"))
+        TensorRTRuntime(double, double.serialise(graph.path, [], version="11.0.0"), HostCuda())
 
 
 def test_a_truncated_plan(make_graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = double.serialise(make_graph("lower_right", "float32").path, [])[:-9]
     with pytest.raises(EngineUnsupportedError, match="damaged"):
-        TensorRTRuntime(double, plan)
+        TensorRTRuntime(double, plan, HostCuda())
     monkeypatch.delattr(double.Runtime, "get_engine_validity")  # as tensorrt has it
     with pytest.raises(EngineCorruptError, match="truncated, or written by another version"):
-        TensorRTRuntime(double, plan)
+        TensorRTRuntime(double, plan, HostCuda())

@@ -16,6 +16,7 @@ from trtllm_core.backends.tensorrt.profiles import profile_shapes
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import EngineConfig
 from trtllm_core.testing import tensorrt_double as double
+from trtllm_core.testing.host_cuda import HostCuda
 
 from .conftest import MakeGraph
 
@@ -23,7 +24,9 @@ from .conftest import MakeGraph
 def test_a_plan_that_can_be_read(make_graph: MakeGraph) -> None:
     graph = make_graph("lower_right", "float32")
     profiles = list(profile_shapes(graph.config, TensorRTOptions()))
-    found = inspect_plan(TensorRTRuntime(double, double.serialise(graph.path, profiles)), graph.path, graph.config)
+    found = inspect_plan(
+        TensorRTRuntime(double, double.serialise(graph.path, profiles), HostCuda()), graph.path, graph.config
+    )
     assert found.told_by == "the engine inspector of tensorrt_double 11.1.0"
     assert found.profiles == tuple(profiles)
     (spec,) = (one for one in found.tensors if one.name == "input_ids")

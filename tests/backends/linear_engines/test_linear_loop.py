@@ -19,6 +19,7 @@ from trtllm_core.errors import BackendError, ConfigError
 from trtllm_core.session import Session
 from trtllm_core.testing import tensorrt_double as double
 from trtllm_core.testing.checkpoints import write_llama
+from trtllm_core.testing.host_cuda import HostCuda
 
 from .conftest import LIMITS, MakeGraph
 
@@ -54,7 +55,7 @@ def doubled(graph: Any) -> TensorRTExecutable:
     """An engine that the double runs, with the profiles that a build gives it."""
     config: EngineConfig = graph.config
     plan = double.serialise(graph.path, list(profile_shapes(config, TensorRTOptions())))
-    return TensorRTExecutable(config, TensorRTRuntime(double, plan), torch.device("cpu"))
+    return TensorRTExecutable(config, TensorRTRuntime(double, plan, HostCuda()), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "lower_right", "mask"])

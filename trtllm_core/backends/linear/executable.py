@@ -28,6 +28,7 @@ class LinearExecutable(Executable):
         self.capabilities = Capabilities("padded_linear", dtypes, multi_position=True)
         self.past, self.present = cache_names(layers, "past"), cache_names(layers, "present")
         self._caches: torch.Tensor | None = None
+        self._ran: tuple[Sequence[torch.Tensor], int] = (), 0
 
     @abstractmethod
     def launch(
@@ -87,7 +88,14 @@ class LinearExecutable(Executable):
             name: inputs[name].to(self.device, non_blocking=True)
             for name in ("input_ids", "write_indices", "logit_indices")
         }
-        self.launch(feed, longest, self._allocated()[:, first:last].unbind(0), outputs["logits"], stream)
+        caches = self._allocated()[:, first:last].unbind(0)
+        self.launch(feed, longest, caches, outputs["logits"], stream)
+        self._ran = caches, longest
+
+    def debug_tensors(self) -> Mapping[str, torch.Tensor]:
+        """See ``Executable``: each layer's caches, ``[rows, kv_heads, entries, head_size]``, as the run left them."""
+        caches, longest = self._ran
+        return {name: cache[:, :, :longest] for name, cache in zip(self.present, caches, strict=True)}
 
     @property
     def _capacity(self) -> int:

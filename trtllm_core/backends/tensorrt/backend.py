@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_core.backends.linear.limits import check_limits
+from trtllm_core.backends.tensorrt.cuda import cuda_of
+from trtllm_core.backends.tensorrt.diagnosing import capability_problem, diagnose
 from trtllm_core.backends.tensorrt.executable import TensorRTExecutable
 from trtllm_core.backends.tensorrt.library import INSTALL, installed, load_library
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
@@ -89,9 +91,20 @@ class TensorRTBackend(Backend):
         *,
         device: torch.device | str = "cuda",
         cuda_graph: bool = False,
+        weight_streaming_budget: int | None = None,
         **unknown: Any,
     ) -> TensorRTExecutable:
-        """See ``Backend``. ``cuda_graph`` has tensorrt_rtx capture its launches.
+        """See ``Backend``. What tensorrt_rtx compiles for the GPU is kept in ``rank{rank}.cache`` beside the engine.
+
+        Args:
+            source: see ``Backend``.
+            config: see ``Backend``.
+            family: see ``Backend``.
+            device: a GPU.
+            cuda_graph: run the generation profile as CUDA graphs.
+            weight_streaming_budget: bytes of streamable weights that stay on the GPU; None: as many as TensorRT
+                proposes.
+            unknown: refused.
 
         Raises:
             ConfigError: an unknown option.
@@ -108,9 +121,19 @@ class TensorRTBackend(Backend):
         check_version(config, trt.__version__)
         if not torch.cuda.is_available():
             raise EngineUnsupportedError("a TensorRT engine needs a CUDA GPU to run, and PyTorch finds none here")
+        problem = capability_problem(trt.__name__, torch.cuda.get_device_capability(device))
+        if problem is not None:
+            raise EngineUnsupportedError(f"this engine cannot run here: {problem}")
         cache = source.with_suffix(".cache") if isinstance(source, Path) else None
         plan = map_file(source) if isinstance(source, Path) else source
-        runtime = TensorRTRuntime(trt, plan, cache, cuda_graph)
+        runtime = TensorRTRuntime(
+            trt,
+            plan,
+            cuda_of(device),
+            cache=cache,
+            cuda_graph=cuda_graph,
+            weight_streaming_budget=weight_streaming_budget,
+        )
         return TensorRTExecutable(config, runtime, device, load_weights(source, config, runtime, device))
 
     def inspect(self, path: Path, config: EngineConfig, family: ModelFamily) -> Inspection:
@@ -124,8 +147,6 @@ class TensorRTBackend(Backend):
 
     def diagnose(self, path: Path, config: EngineConfig) -> list[Finding]:
         """See ``Backend``: versions, the GPU, and what TensorRT says of the plan."""
-        from trtllm_core.backends.tensorrt.diagnosing import diagnose
-
         return list(diagnose(path, config))
 
 
@@ -140,7 +161,7 @@ def open_plan(path: Path, config: EngineConfig) -> TensorRTRuntime:
     check_version(config, trt.__version__)
     if not torch.cuda.is_available():
         raise EngineUnsupportedError("TensorRT reads plans on a machine with a CUDA GPU, and PyTorch finds none here")
-    return TensorRTRuntime(trt, map_file(path))
+    return TensorRTRuntime(trt, map_file(path), cuda_of(torch.device("cuda", torch.cuda.current_device())))
 
 
 def load_weights(

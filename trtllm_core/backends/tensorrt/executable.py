@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from trtllm_core.backends.linear.executable import LinearExecutable
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import EngineConfig
+from trtllm_core.plugin import TensorSpec
 
 
 class TensorRTExecutable(LinearExecutable):
@@ -23,6 +25,7 @@ class TensorRTExecutable(LinearExecutable):
     ) -> None:
         super().__init__(config, device, ("float32", "float16", "bfloat16"))
         self.runtime = runtime
+        self.tensors = tuple(_within(spec, runtime) for spec in self.tensors)
         self._weights = dict(weights or {})
         """Inputs that are weights: engines of one shape may share them."""
 
@@ -36,8 +39,16 @@ class TensorRTExecutable(LinearExecutable):
     ) -> None:
         """See ``LinearExecutable``."""
         feed = {**self._weights, **inputs, **dict(zip(self.past, caches, strict=True))}
-        self.runtime.run(feed, {"logits": logits}, stream)
+        self.runtime.run(feed, {"logits": logits}, stream or self.runtime.current_stream(), not self.debugging)
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
         return sum(file.total_bytes for file in self.config.ranks)
+
+
+def _within(spec: TensorSpec, runtime: TensorRTRuntime) -> TensorSpec:
+    """A step's tensor within what the engine's profiles admit."""
+    if spec.name not in runtime.inputs or not runtime.profiles:
+        return spec
+    most = tuple(map(max, zip(*(profile[spec.name][2] for profile in runtime.profiles), strict=True)))
+    return replace(spec, maximum=most)

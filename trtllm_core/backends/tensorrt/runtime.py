@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from trtllm_core.backends.tensorrt.contexts import Contexts
+from trtllm_core.backends.tensorrt.cuda import Cuda
+from trtllm_core.backends.tensorrt.graphs import CapturedRuns
+from trtllm_core.backends.tensorrt.kernel_cache import KernelCache
+from trtllm_core.backends.tensorrt.profiles import CONTEXT
 from trtllm_core.backends.tensorrt.validity import validity_problem
 from trtllm_core.errors import BackendError, ConfigError, EngineCorruptError, EngineUnsupportedError
 from trtllm_core.plugin.inspection import Bounds
@@ -23,16 +28,28 @@ class TensorRTRuntime:
     Args:
         trt: the module ``tensorrt`` or ``tensorrt_rtx``.
         plan: the serialised engine.
+        cuda: of the device that it runs on.
         cache: where tensorrt_rtx keeps the kernels that it compiled for this GPU; None keeps none.
-        cuda_graph: let tensorrt_rtx capture its launches in CUDA graphs.
+        cuda_graph: run the generation profile as CUDA graphs: tensorrt_rtx captures by itself, tensorrt is captured.
+        weight_streaming_budget: bytes of streamable weights that stay on the GPU, of an engine that was built for
+            that; None: as many as TensorRT proposes.
 
     Raises:
         EngineUnsupportedError: this GPU or this TensorRT cannot run the engine, or there is no GPU.
         EngineCorruptError: the bytes are no whole engine.
     """
 
-    def __init__(self, trt: Any, plan: Any, cache: Path | None = None, cuda_graph: bool = False) -> None:
-        self._trt = trt
+    def __init__(
+        self,
+        trt: Any,
+        plan: Any,
+        cuda: Cuda,
+        *,
+        cache: Path | None = None,
+        cuda_graph: bool = False,
+        weight_streaming_budget: int | None = None,
+    ) -> None:
+        self._trt, self._cuda = trt, cuda
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._deserialise(plan)
@@ -49,15 +66,15 @@ class TensorRTRuntime:
             for i in range(engine.num_optimization_profiles)
         ]
         """Smallest, usual and largest shape of each input, for each profile."""
-        self._config, self._cache, self._cache_path = engine.create_runtime_config(), None, cache
-        if cache is not None and hasattr(self._config, "create_runtime_cache"):
-            self._cache = self._config.create_runtime_cache()
-            if cache.is_file():
-                self._cache.deserialize(cache.read_bytes())  # one of another GPU or version is refused: a cold start
-            self._config.set_runtime_cache(self._cache)
-        if cuda_graph and hasattr(self._config, "cuda_graph_strategy"):
-            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._contexts: dict[int, Any] = {}
+        _stream_weights(engine, weight_streaming_budget)
+        config = engine.create_runtime_config()
+        keeps = cache is not None and hasattr(config, "create_runtime_cache")
+        self.cache = KernelCache(config, cache) if keeps and cache is not None else None
+        by_itself = hasattr(config, "cuda_graph_strategy")
+        content = None if self.cache is None else self.cache.content
+        self._contexts = Contexts(trt, engine, cuda, content, cuda_graph and by_itself)
+        self.graphs = CapturedRuns(cuda) if cuda_graph and not by_itself else None
+        """Of the generation profile, where the module does not capture by itself."""
 
     def _deserialise(self, plan: Any) -> Any:
         trt, runtime = self._trt, self._runtime
@@ -85,8 +102,14 @@ class TensorRTRuntime:
             )
         return min(fit, key=lambda i: sum(torch.Size(most).numel() for _, _, most in self.profiles[i].values()))
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
-        """Enqueue one execution. Aliased outputs need not be given.
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        stream: int,
+        replay: bool = True,
+    ) -> None:
+        """Enqueue one execution. Aliased outputs need not be given. ``replay``: from a graph, where there may be one.
 
         Raises:
             ConfigError: a tensor is missing, unknown, of another dtype, not contiguous, or of a shape that the engine
@@ -94,7 +117,21 @@ class TensorRTRuntime:
             BackendError: TensorRT could not enqueue it.
         """
         self._check(inputs, outputs)
-        context = self._context(self.profile_for({n: tuple(t.shape) for n, t in inputs.items()}), stream)
+        profile = self.profile_for({n: tuple(t.shape) for n, t in inputs.items()})
+        self._contexts.order(stream)
+
+        def enqueue(given: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor], on: int) -> None:
+            self._enqueue(self._contexts.get(profile, on), given, results, on)
+
+        if self.graphs is not None and replay and profile != CONTEXT:
+            fresh = {name: tensor for name, tensor in outputs.items() if name not in self.aliases}
+            self.graphs.run(inputs, fresh, stream, enqueue)
+        else:
+            enqueue(inputs, outputs, stream)
+
+    def _enqueue(
+        self, context: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int
+    ) -> None:
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise ConfigError(f"the engine refuses shape {list(tensor.shape)} of {name!r}")
@@ -117,13 +154,17 @@ class TensorRTRuntime:
         Raises:
             ConfigError: no profile admits them, or an input is missing.
         """
-        context = self._context(self.profile_for(shapes), stream)
+        context = self._contexts.get(self.profile_for(shapes), stream)
         for name, shape in shapes.items():
             context.set_input_shape(name, tuple(shape))
         missing = context.infer_shapes()
         if missing:
             raise ConfigError(f"the engine cannot infer its shapes: {', '.join(missing)} are not set")
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def current_stream(self) -> int:
+        """The stream that PyTorch works on now, whose tensors these are."""
+        return self._cuda.current()
 
     @property
     def library(self) -> str:
@@ -145,24 +186,10 @@ class TensorRTRuntime:
         inspector = self.engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
-    def save_cache(self) -> None:
-        """Write what was compiled for this GPU beside the engine, so that the next start is quick."""
-        if self._cache is None or self._cache_path is None:
-            return
-        scratch = self._cache_path.with_suffix(".tmp")
-        scratch.write_bytes(bytes(self._cache.serialize()))
-        scratch.replace(self._cache_path)
-
-    def _context(self, profile: int, stream: int) -> Any:
-        """Its own context for each profile: none is switched between prefill and decoding."""
-        if profile not in self._contexts:
-            context = self.engine.create_execution_context(self._config)
-            if context is None:
-                raise BackendError("TensorRT could not make an execution context: the GPU's memory may not suffice")
-            if profile and not context.set_optimization_profile_async(profile, stream):
-                raise BackendError(f"TensorRT could not choose optimisation profile {profile}")
-            self._contexts[profile] = context
-        return self._contexts[profile]
+    def close(self) -> None:
+        """Write what was compiled for this GPU beside the engine. It happens by itself when Python ends."""
+        if self.cache is not None:
+            self.cache.save()
 
     def _check(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         wanted = {n for n in self.outputs if n not in self.aliases}
@@ -177,6 +204,21 @@ class TensorRTRuntime:
             source = self.aliases.get(name)
             if source is not None and tensor.data_ptr() != inputs[source].data_ptr():
                 raise ConfigError(f"{name!r} must be the tensor of {source!r}: the engine updates it in place")
+
+
+def _stream_weights(engine: Any, budget: int | None) -> None:
+    """Say how many bytes of weights stay on the GPU. It must be said before the first context is made.
+
+    Raises:
+        ConfigError: the engine was not built to stream weights, or it has not so many.
+    """
+    most = int(engine.streamable_weights_size)
+    if budget is not None and not most:
+        raise ConfigError("weight_streaming_budget is for engines that were built with weight_streaming")
+    if budget is not None and not 0 <= budget <= most:
+        raise ConfigError(f"weight_streaming_budget is {budget}; this engine has {most} bytes of streamable weights")
+    if most:
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if budget is None else budget
 
 
 def _bounds(shapes: Sequence[Sequence[int]]) -> Bounds:

@@ -21,6 +21,7 @@ from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.plain import PlainContext
 from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.backends.torch.watching import watch_layers
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
 from trtllm_core.nn import Attention, VocabParallelEmbedding
@@ -115,6 +116,7 @@ class TorchExecutable(Executable):
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
         self._graphs: ForwardGraphs | None = None
+        self._kept: dict[str, torch.Tensor] | None = None
         self._switch = switch or Switch()
         self._parallel = parallel or TensorParallel()
 
@@ -167,9 +169,12 @@ class TorchExecutable(Executable):
         a prompt table, or a cache that is a ring or keeps scores.
         """
         pool = self._require_pool()
-        if self._graphs is not None and is_decode(inputs):
+        if self._graphs is not None and not self.debugging and is_decode(inputs):
             self._replay(self._graphs, inputs, outputs["logits"])
             return
+        if self.debugging and self._kept is None:
+            self._kept = {}
+            watch_layers(self.module, self._kept)
         batch = PackedBatch(inputs, pool.plan, self.device)
         positions = inputs["position_ids"].to(self.device, non_blocking=True)
         context = self._context(batch, pool, positions)
@@ -180,6 +185,8 @@ class TorchExecutable(Executable):
             self._virtual = self._virtual_of(inputs)
         with self._attentions():
             hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
+        if self._kept is not None:
+            self._kept["hidden"] = hidden
         if isinstance(context, PlainContext):
             self._scores = context.scores
         asked = inputs["logits_indices"]
@@ -200,6 +207,10 @@ class TorchExecutable(Executable):
         """What PyTorch may compute attention with. cuDNN's, which it prefers on new GPUs, makes a plan for each shape
         it has not seen, for tens of milliseconds; here every prompt has a shape of its own."""
         return sdpa_kernel(_ATTENTIONS) if self.device.type == "cuda" else nullcontext()
+
+    def debug_tensors(self) -> Mapping[str, torch.Tensor]:
+        """See ``Executable``: ``hidden [tokens, hidden_size]`` and what each layer gave, ``layers.{i}``."""
+        return self._kept or {}
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
