@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
+from trtllm_core.decoding.fetching import HostCopy
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop
 from trtllm_core.testing.checkpoints import write_llama
 
@@ -63,6 +64,52 @@ def test_tokens_on_the_gpu_equal_those_on_the_cpu(runners, fields):
     assert [output.finish_reason for output in there] == [output.finish_reason for output in here]
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(torch.tensor(b.log_probs), torch.tensor(a.log_probs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"end_id": 90, "min_length": 2},
+        {"top_k": 0, "top_p": 0.9, "temperature": 0.9, "repetition_penalty": 1.2, "random_seed": 3},
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_a_step_waits_for_its_tokens_and_for_nothing_else(runners, monkeypatch, fields):
+    """Steps in which every row decodes, under PyTorch's debug mode, in which any other wait raises."""
+    waits = []
+    fetch = HostCopy.of
+
+    def counted(self, tensor):
+        waits.append(tensor.shape[0])
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return fetch(self, tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode("error" if watched else "default")
+
+    monkeypatch.setattr(HostCopy, "of", counted)
+    loop = runners[1].generation.loop
+    step, watched, steps = loop.step, False, 0
+
+    def careful(slots, counts):
+        nonlocal watched, steps
+        lengths = loop.branches.slots.lengths[slots]
+        # Prompts are read in steps of their own, and sequences that end are cleared away.
+        watched = all(count == 1 for count in counts) and 30 < lengths.min() and lengths.max() < 40
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        waits.clear()
+        try:
+            return step(slots, counts)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            steps += watched
+            assert len(waits) <= 1
+            watched = False
+
+    monkeypatch.setattr(loop, "step", careful)
+    runners[1].generate([[1 + i] * 8 for i in range(6)], BASE.replace(max_new_tokens=40, **fields))
+    assert steps >= 8
 
 
 @pytest.mark.cuda

@@ -39,6 +39,7 @@ class StepLoop:
         self._vocab_size = config.model.vocab_size
         self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
         self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
+        self._at: Positions | None = None  # of the last step without drafts
         self.use(cache)
 
     def use(self, cache: KVCache) -> None:
@@ -153,8 +154,10 @@ class StepLoop:
     def _positions(self, slots: list[int], drafts: np.ndarray | None) -> Positions:
         if drafts is not None:
             return self.branches.drafts.positions(slots, drafts.tolist())
-        slot = torch.tensor(slots).to(self.session.device, non_blocking=True)
-        return Positions(slots, slot, self._offsets[: len(slots)])
+        if self._at is None or self._at.slots != slots:  # from step to step it is nearly always the same
+            slot = torch.tensor(slots).to(self.session.device, non_blocking=True)
+            self._at = Positions(slots, slot, self._offsets[: len(slots)])
+        return self._at
 
     def _take_back(self, slots: np.ndarray, drafts: np.ndarray) -> None:
         """Drafts that were run and not accepted leave the cache."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from trtllm_core.decoding.fetching import HostCopy
 from trtllm_core.decoding.host import HostCriterionAdapter
 from trtllm_core.decoding.stages import Scores, Stage, Stages
 from trtllm_core.errors import PluginContractError, PluginError
@@ -53,6 +54,7 @@ class StoppingRules(Stages[Criterion]):
 
         super().__init__(context, wrap)
         self._history = history
+        self._fetch = HostCopy(context.device)
 
     def check(
         self,
@@ -73,7 +75,7 @@ class StoppingRules(Stages[Criterion]):
         columns = [selection.tokens, selection.counts.unsqueeze(1)]
         for stage in device:
             columns.append(self._ask(stage, selection, slot, scores).unsqueeze(1))
-        table = torch.cat(columns, 1).cpu().numpy()
+        table = self._fetch.of(torch.cat(columns, 1))
         tokens, wrong = self._known(slots, table[:, :width], table[:, width])
         ends: defaultdict[int, _Ends] = defaultdict(_Ends)  # by row, of the few that end
         for row, column in np.argwhere(table[:, width + 1 :] >= 0).tolist():
