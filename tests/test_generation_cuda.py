@@ -96,7 +96,7 @@ def test_a_step_waits_for_its_tokens_and_for_nothing_else(runners, monkeypatch, 
         nonlocal watched, steps
         lengths = loop.branches.slots.lengths[slots]
         # Prompts are read in steps of their own, and sequences that end are cleared away.
-        watched = all(count == 1 for count in counts) and 30 < lengths.min() and lengths.max() < 40
+        watched = all(count == 1 for count in counts) and lengths.min() > 30 and lengths.max() < 40
         torch.cuda.set_sync_debug_mode("error" if watched else "default")
         waits.clear()
         try:
