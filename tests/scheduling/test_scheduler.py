@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scale import queue_cost
 from trtllm_core import SamplingConfig
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.request import Delta, Request
@@ -378,3 +379,33 @@ def test_the_queue_is_a_sorted_list(steps: list[tuple[str, int]], seed: int) -> 
         assert len(queue) == len(model)
         assert queue.first() is min(model, default=None)
         assert len(queue._heap) <= 2 * len(model) + 1
+
+
+def test_scheduling_costs_the_same_however_many_wait() -> None:
+    """The best of several tries, because other work of the machine only adds."""
+    few, many = (min(queue_cost(waiting, steps=50)[0] for _ in range(3)) for waiting in (100, 50_000))
+    assert many < 5 * few, f"{1e6 * few:.0f} µs with 100 waiting, {1e6 * many:.0f} µs with 50,000"
+
+
+def test_branches_of_a_request_run_their_last_tokens_together() -> None:
+    """A search chooses among all of its branches: after a preemption none of them may ask before the others."""
+    loop = PaperLoop(slots=3, max_num_tokens=8)
+    scheduler, _ = made(loop)
+    plan: Any = SimpleNamespace(branching=SimpleNamespace(max_branches=2, returns=2), ranked=True)
+    live = LiveRequest(request("two"), plan, (0, 1))
+    live.running += [Branch(live, 0, 0), Branch(live, 1, 1)]
+    ticket = Ticket(live.request, plan, (0.0, 1), 0.0, live=live)
+    scheduler._running.append(ticket)
+    loop.branches.slots.lengths[:2] = 6
+    ran = []
+    while not ran or max(loop.cache.cached) < 6:
+        slots, counts = scheduler._schedule()
+        assert sum(counts) <= 8
+        ran.append(dict(zip(slots, counts, strict=True)))
+        loop.cache.cached[slots] += counts
+    assert ran == [{0: 5, 1: 3}, {1: 2}, {0: 1, 1: 1}]
+
+
+def test_a_budget_that_is_less_than_the_slots_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_num_tokens is 3: the engine runs 4 sequences"):
+        made(PaperLoop(slots=4), max_num_tokens=3)

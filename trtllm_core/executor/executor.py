@@ -48,7 +48,7 @@ class Executor:
         config: limits; None takes the defaults.
 
     Raises:
-        ConfigError: the session is in use, or has several ranks.
+        ConfigError: the session is in use, or has several ranks; or ``max_num_tokens`` is less than it has slots.
     """
 
     def __init__(self, source: ModelRunner | GenerationSession, config: ExecutorConfig | None = None) -> None:
@@ -58,7 +58,6 @@ class Executor:
             raise ConfigError(
                 "an executor runs engines of one rank: ranks must be given the same steps, which it cannot"
             )
-        self.generation.lend(_LENT)
         self._scheduler = Scheduler(
             self.generation.loop,
             self.config.max_num_tokens,
@@ -66,6 +65,7 @@ class Executor:
             self.config.priority_seconds,
             keep_stats=self.config.iter_stats_max_iterations > 0,
         )
+        self.generation.lend(_LENT)
         self._lock = threading.Lock()
         self._called = threading.Condition(self._lock)
         self._orders: deque[Callable[[], None]] = deque()  # for the worker, between two steps

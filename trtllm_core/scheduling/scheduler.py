@@ -7,6 +7,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import compress
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Scheduler:
 
     Args:
         loop: the session's.
-        max_num_tokens: of a step; None takes the engine's.
+        max_num_tokens: of a step; None takes the engine's. Never less than there are slots.
         max_batch_size: requests that are under way at a time; None: as many as have slots.
         priority_seconds: what one priority is worth; None: more than any wait.
         strict: a request that cannot run is raised about, and is not refused alone.
@@ -56,6 +57,10 @@ class Scheduler:
         build = loop.session.config.build
         self._loop = loop
         self._budget = min(max_num_tokens or build.max_num_tokens, build.max_num_tokens)
+        if self._budget < build.max_branches:
+            raise ConfigError(
+                f"max_num_tokens is {self._budget}: the engine runs {build.max_branches} sequences, which need one each"
+            )
         self._most = max_batch_size or build.max_branches
         self._priority_seconds = priority_seconds
         self._strict = strict
@@ -67,6 +72,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Ticket]] = []  # a heap
         self._silent: list[Ticket] = []  # running, and without a token yet
         self._slots: np.ndarray | None = None  # of all that runs; None: somebody came or went
+        self._owner: np.ndarray | None = None  # whose each of the slots is, where some request has several
         self._has_read = False  # the last step ran a prompt
         self._blocked: tuple[Ticket, tuple[int, int]] | None = None  # who found no room, and how much there was
         self._turn = Turn()
@@ -263,13 +269,13 @@ class Scheduler:
 
     def _lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens known and cached of each slot that runs, and the slots, int64 ``[n]``, in order."""
-        if self._slots is None:
-            rows = [branch.slot for each in self._running if each.live is not None for branch in each.live.running]
+        slots = self._slots
+        if slots is None:
+            lives = [each.live for each in self._running if each.live is not None]
+            slots = np.array([branch.slot for live in lives for branch in live.running], np.int64)
             branching = any(each.plan.branching.max_branches > 1 for each in self._running)
-            slots = np.array(rows, np.int64)
             self._slots = None if branching else slots
-        else:
-            slots = self._slots
+            self._owner = np.repeat(np.arange(len(lives)), [len(live.running) for live in lives]) if branching else None
         return self._loop.branches.slots.lengths[slots], self._loop.cache.cached[slots], slots
 
     def _schedule(self) -> tuple[list[int], list[int]]:
@@ -279,26 +285,43 @@ class Scheduler:
         if self._loop.branches.companions:
             return self._share(slots)
         generate = wanted == 1
+        if self._owner is not None:
+            apart = self._apart(self._owner, generate)
+            generate, wanted = generate & ~apart, wanted - apart
         # By slot, because neighbours may be neighbours in a linear cache.
         first = np.sort(slots[generate])[: self._budget]
         wanted, rest = wanted[~generate], slots[~generate]
         before = np.cumsum(wanted) - wanted
         parts = np.clip(self._budget - len(first) - before, 0, wanted)
         rows = [*first.tolist(), *rest[parts > 0].tolist()]
-        self._has_read = len(rows) > len(first)
         counts = [1] * len(first) + parts[parts > 0].tolist()
+        self._has_read = len(rows) > len(first)
         if self._loop.branches.verifying:
             self._add_drafts(rows, counts)
         return rows, counts
 
     def _share(self, slots: np.ndarray) -> tuple[list[int], list[int]]:
         """The same where there are companions, which run beside their branches."""
+        companions = self._loop.branches.companions
         wanted = self._loop.branches.slots.lengths - self._loop.cache.cached
-        rows, counts = self._loop.branches.companions.share(slots.tolist(), wanted, self._budget)
+        if self._owner is not None:
+            groups = [[slot, *companions.of.get(slot, ())] for slot in slots.tolist()]
+            ready = np.array([wanted[group].max() == 1 for group in groups])
+            for group in compress(groups, self._apart(self._owner, ready)):
+                wanted[group] -= 1
+        rows, counts = companions.share(slots.tolist(), wanted, self._budget)
         self._has_read = bool((wanted[rows] > 1).any())
         if self._loop.branches.verifying:
             self._add_drafts(rows, counts)
         return rows, counts
+
+    def _apart(self, owner: np.ndarray, ready: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: rows of requests whose branches do not lack the same, because they compute their texts anew.
+
+        A search chooses among all of its branches at once: each of them waits with its last token for the others.
+        """
+        late = np.bincount(owner, ~ready) > 0
+        return (late & (np.bincount(owner) > 1))[owner]  # type: ignore[no-any-return]
 
     def _add_drafts(self, slots: list[int], counts: list[int]) -> None:
         known, cached = self._loop.branches.slots.lengths, self._loop.cache.cached

@@ -1,0 +1,19 @@
+"""A few hundred requests of the soak test; ``python -m tests.soak --requests 20000`` runs as many as one likes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak import build, soak
+from trtllm_core import Plugins
+
+
+@pytest.mark.parametrize("policy", ["paged", "prefix"])
+def test_a_soak(tmp_path: Path, policy: str) -> None:
+    plugins = Plugins.load()
+    done = soak(build(tmp_path, plugins), plugins, 200, seed=5, policy=policy, kinds=100)
+    assert done.preemptions > 20, "or the pool was not too small"
+    assert {"cancelled", "length", "plugin_error", "refused"} <= done.reasons.keys()
+    assert done.resident[-1] - done.resident[4] < 48 * 2**20
