@@ -62,16 +62,17 @@ class StepLoop:
         return plan
 
     @torch.inference_mode()
-    def admit(self, request: Request) -> LiveRequest | None:
+    def admit(self, request: Request, plan: Plan | None = None) -> LiveRequest | None:
         """Give a request slots, its plugins their state and its prompt its room; None: not now, none is free.
 
-        One whose plugins failed comes back with ``error`` set: ``end`` it.
+        ``plan`` is its own, made alone, where there is one already. One whose plugins failed comes back with ``error``
+        set: ``end`` it.
 
         Raises:
             CapacityError: it could not run even alone.
             ConfigError, PluginError: its plan cannot be made, or a plugin refuses what it asks for.
         """
-        return self.branches.admit(request, self.cache)
+        return self.branches.admit(request, self.cache, plan)
 
     @torch.inference_mode()
     def preempt(self, live: LiveRequest) -> None:

@@ -75,7 +75,7 @@ class PaperLoop:
     def room(self) -> int:
         return self.tokens - int(self.cache.cached.sum())
 
-    def admit(self, request: Request) -> LiveRequest | None:
+    def admit(self, request: Request, plan: Any) -> LiveRequest | None:
         self.asked += 1
         if request.request_id in self.refuse:
             raise ConfigError("not this one")

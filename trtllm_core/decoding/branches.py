@@ -106,9 +106,11 @@ class BranchTable:
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request, cache: KVCache) -> LiveRequest | None:
+    def admit(self, request: Request, cache: KVCache, plan: Plan | None = None) -> LiveRequest | None:
         """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
-        plan = self.plan(request, self.pipeline.beside(request.sampling.preset))
+        beside = self.pipeline.beside(request.sampling.preset)
+        if plan is None or not {item.key for item in beside} <= {item.key for item in plan.processors}:
+            plan = self.plan(request, beside)
         count = plan.branching.max_branches
         beside = [prompt for one in plan.companions for prompt in one.prompts]
         if self.slots.free < count * (1 + len(beside)):

@@ -202,7 +202,7 @@ class Planner:
         return items
 
     def _item(self, kind: str, registry: Registry[Any], use: PluginUse, bases: tuple[type, ...]) -> PlanItem:
-        entry = registry.get(use.name, self.plugins.missing_hint(kind, use.name))
+        entry = registry.get(use.name, lambda: self.plugins.missing_hint(kind, use.name))
         key = (kind, entry.name)
         if key not in self._objects:
             self._objects[key] = made(entry, bases, kind)

@@ -102,20 +102,21 @@ class Registry(Generic[T]):
     def __contains__(self, name: str) -> bool:
         return name in self._entries or name in self._aliases
 
-    def get(self, name: str, hint: str = "") -> Entry[T]:
+    def get(self, name: str, hint: str | Callable[[], str] = "") -> Entry[T]:
         """The entry under a name or alias.
 
         Raises:
-            PluginNotFoundError: with near names, and ``hint``: what to install.
+            PluginNotFoundError: with near names, and ``hint``: what to install, or what finds that out.
         """
         name = self._aliases.get(name, name)
         if name in self._entries:
             return self._entries[name]
         near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
+        told = hint() if callable(hint) else hint
         raise PluginNotFoundError(
             f"no {self.kind.replace('_', ' ')} is registered as {name!r}{guess} "
-            f"(registered: {listing(self._entries)}){'. ' + hint if hint else ''}"
+            f"(registered: {listing(self._entries)}){'. ' + told if told else ''}"
         )
 
     def add(self, entry: Entry[T], replace: str | None = None) -> None:

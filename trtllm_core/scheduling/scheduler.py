@@ -187,7 +187,7 @@ class Scheduler:
             if first is None or self._is_blocked(first):
                 break
             try:
-                live = self._loop.admit(first.request)
+                live = self._loop.admit(first.request, first.plan)
             except (ConfigError, CapacityError) as error:  # it cannot run here, or not beside the others
                 self._queue.pop()
                 self._refuse(first, error)
