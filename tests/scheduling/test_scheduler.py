@@ -58,7 +58,7 @@ class PaperLoop:
         self.plugins = SimpleNamespace(observes_steps=False, on_request_end=self.told.append)
         lengths = np.zeros(self.slots, np.int64)
         table = SimpleNamespace(lengths=lengths, free=self.slots)
-        self.branches = SimpleNamespace(slots=table, verifying=set(), owners=self.lives)
+        self.branches = SimpleNamespace(slots=table, verifying=set(), owners=self.lives, companions=())
         self.cache = SimpleNamespace(
             cached=np.zeros(self.slots, np.int64),
             plan=SimpleNamespace(evicts=False, tokens_per_block=1),

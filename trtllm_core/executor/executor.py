@@ -122,7 +122,8 @@ class Executor:
         if deadline is not None and not deadline >= 0:
             raise ConfigError(f"deadline={deadline}: give seconds from now, 0 or more")
         config = (sampling_config or SamplingConfig()).replace(**fields) if fields else sampling_config
-        until = None if deadline is None else time.monotonic() + deadline
+        now = time.monotonic()
+        until = None if deadline is None else now + deadline
         name = request_id if request_id is not None else self._new_name()
         request, plan = self._checked(
             name,
@@ -149,7 +150,7 @@ class Executor:
             use = ExitStack()
             use.enter_context(self.generation.lora.using([request.adapter]))
             self._arriving += 1
-            self._orders.append(partial(self._enter, handle, request, plan, priority, until, use))
+            self._orders.append(partial(self._enter, handle, request, plan, use, (priority, until, now)))
             self._called.notify()
         return handle
 
@@ -338,10 +339,10 @@ class Executor:
             return self._orders.popleft() if self._orders else None
 
     def _enter(
-        self, handle: RequestHandle, request: Request, plan: Plan, priority: int, until: float | None, use: ExitStack
+        self, handle: RequestHandle, request: Request, plan: Plan, use: ExitStack, when: tuple[int, float | None, float]
     ) -> None:
-        ticket = self._scheduler.add(request, plan, priority, until)
-        self._handles[handle.request_id] = handle, ticket, use
+        """``when``: priority, deadline and arrival, as for ``Scheduler.add``."""
+        self._handles[handle.request_id] = handle, self._scheduler.add(request, plan, *when), use
         with self._lock:
             self._arriving -= 1
 

@@ -101,9 +101,19 @@ class Scheduler:
         """Whether there is anything to do or to tell."""
         return bool(self._queue or self._running or self._off or self._turn)
 
-    def add(self, request: Request, plan: Plan, priority: int = 0, deadline: float | None = None) -> Ticket:
-        """A request arrives. ``deadline`` is a moment of the clock; ``plan`` is the request's own, made alone."""
-        now = self._clock()
+    def add(
+        self,
+        request: Request,
+        plan: Plan,
+        priority: int = 0,
+        deadline: float | None = None,
+        arrived: float | None = None,
+    ) -> Ticket:
+        """A request arrives. ``plan`` is its own, made alone.
+
+        ``deadline`` and ``arrived`` are moments of the clock; it arrived now where nothing else is said.
+        """
+        now = self._clock() if arrived is None else arrived
         self._count += 1
         rank = -priority if self._priority_seconds is None else now - priority * self._priority_seconds
         ticket = Ticket(request, plan, (rank, self._count), now, priority, deadline)
