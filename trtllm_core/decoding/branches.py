@@ -108,9 +108,9 @@ class BranchTable:
 
     def admit(self, request: Request, cache: KVCache, plan: Plan | None = None) -> LiveRequest | None:
         """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
-        beside = self.pipeline.beside(request.sampling.preset)
-        if plan is None or not {item.key for item in beside} <= {item.key for item in plan.processors}:
-            plan = self.plan(request, beside)
+        others = self.pipeline.beside(request.sampling.preset)
+        if plan is None or not {item.key for item in others} <= {item.key for item in plan.processors}:
+            plan = self.plan(request, others)
         count = plan.branching.max_branches
         beside = [prompt for one in plan.companions for prompt in one.prompts]
         if self.slots.free < count * (1 + len(beside)):
