@@ -10,19 +10,30 @@ from torch import nn
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import EngineCorruptError
 from trtllm_core.nn import Alibi, RotaryEmbedding
+from trtllm_core.nn.quantized import make_quantized, use_plain_products
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import ModelFamily
 
 
 def meta_module(config: EngineConfig, family: ModelFamily, parallel: TensorParallel) -> nn.Module:
-    """The family's module without memory, in the engine's dtype."""
+    """The family's module without memory, in the engine's dtype, with the parameters of quantised layers."""
+    dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):
-        return family.module(config.model, parallel).to(getattr(torch, config.model.dtype)).eval()
+        module = family.module(config.model, parallel).to(dtype).eval()
+    if config.quantization is not None:
+        # A graph computes in one type; the torch backend keeps what the scales are.
+        make_quantized(module, config.quantization, torch.float32 if config.contract == "packed_paged" else dtype)
+    return module
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter, in the module's order."""
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def parameter_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """The type of each parameter: the engine's dtype, but for codes and scales."""
+    return {name: parameter.dtype for name, parameter in module.named_parameters()}
 
 
 def fill(module: nn.Module, config: EngineConfig, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -37,6 +48,7 @@ def fill(module: nn.Module, config: EngineConfig, tensors: Mapping[str, torch.Te
         wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise EngineCorruptError(f"the engine's weights do not fit its config, first at {wrong!r}: build it again")
     module.load_state_dict(dict(tensors), assign=True)
+    use_plain_products(module, getattr(torch, config.model.dtype))
     for layer in module.modules():
         if isinstance(layer, RotaryEmbedding):
             layer.prepare(config.build.max_seq_len, device, getattr(torch, config.model.dtype))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from trtllm_core.checkpoint.tokenizer import TokenizerFiles
+    from trtllm_core.quantize import QuantizedWeight
 
 
 class Checkpoint(ABC):
@@ -89,6 +90,14 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: there is no such tensor, or nothing here can dequantise its type.
         """
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """A weight's own codes and scales, on the CPU: see ``trtllm_core.quantize``.
+
+        Raises:
+            CheckpointError: it is not stored as codes that can be taken over.
+        """
+        raise CheckpointError(f"{self.path}: tensor {name!r} is stored as {self.stored(name)}, which has no codes")
 
     @abstractmethod
     def tokenizer(self) -> TokenizerFiles | None:

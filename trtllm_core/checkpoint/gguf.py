@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from trtllm_core.checkpoint.tokenizer import TokenizerFiles
+    from trtllm_core.quantize import QuantizedWeight
 
 _PLAIN: dict[GGMLQuantizationType, type[np.generic]] = {
     GGMLQuantizationType.F64: np.float64,
@@ -95,6 +96,17 @@ class GGUFCheckpoint(Checkpoint):
         array = np.require(raw.view(_PLAIN[entry.type]), requirements="A").reshape(entry.shape)
         tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if entry.type is GGMLQuantizationType.BF16 else tensor
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        import torch
+
+        from trtllm_core.quantize import GGUF_BITS, from_gguf
+
+        entry = self._entry(name)
+        if entry.type.name not in GGUF_BITS or len(entry.shape) != 2:
+            return super().quantized(name)
+        raw = self._data[entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
+        return from_gguf(torch.from_numpy(raw), entry.type.name)
 
     def tokenizer(self) -> TokenizerFiles | None:
         from trtllm_core.checkpoint.gguf_tokenizer import read_gguf_tokenizer

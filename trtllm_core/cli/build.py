@@ -54,7 +54,7 @@ def build(
 def why_another(directory: Path, wanted: EngineConfig) -> str | None:
     """Why the engine in ``directory`` is not the wanted one; None if it is.
 
-    Compared is all of ``config.json`` but what the backend found and the rank files, whose sizes are checked: versions,
+    Compared is all of ``config.json`` but what follows from it and the rank files, whose sizes are checked: versions,
     plugins, model, options and the digest of the checkpoint.
     """
     from trtllm_core.engine.directory import read_config
@@ -73,7 +73,7 @@ def why_another(directory: Path, wanted: EngineConfig) -> str | None:
 
 def _flat(config: EngineConfig) -> dict[str, Any]:
     """The fields of a config in one level: ``build.max_batch_size``."""
-    values = config.model_dump(mode="json", exclude={"ranks", "record"})
+    values = config.model_dump(mode="json", exclude={"ranks", "record", "quantization"})
     out: dict[str, Any] = {}
     for name, value in values.items():
         nested = value if isinstance(value, dict) else None
@@ -90,7 +90,9 @@ def _check_place(output: Path, checkpoint: Checkpoint) -> None:
 
 
 def _shown(config: EngineConfig) -> str:
-    return f"{config.family.name} {config.model.dtype} for {config.backend.name}"
+    quantization = config.build.quantization
+    codes = "" if quantization is None else f" {quantization.weights}"
+    return f"{config.family.name} {config.model.dtype}{codes} for {config.backend.name}"
 
 
 class _Bar:

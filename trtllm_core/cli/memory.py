@@ -75,17 +75,12 @@ def _lora_bytes(config: EngineConfig) -> int:
 
 def weight_bytes(config: EngineConfig, family: ModelFamily) -> list[int]:
     """Bytes of each rank's weights: the family's module, made without memory."""
-    import torch
-
+    from trtllm_core.backends.modules import meta_module
     from trtllm_core.parallel import TensorParallel
 
-    item = getattr(torch, config.model.dtype).itemsize
-    sizes = []
-    for rank in range(config.build.tp_size):
-        with torch.device("meta"):
-            module = family.module(config.model, TensorParallel(rank, config.build.tp_size))
-        sizes.append(item * sum(parameter.numel() for parameter in module.parameters()))
-    return sizes
+    size = config.build.tp_size
+    modules = (meta_module(config, family, TensorParallel(rank, size)) for rank in range(size))
+    return [sum(parameter.nbytes for parameter in module.parameters()) for module in modules]
 
 
 def parse_size(text: str) -> int:

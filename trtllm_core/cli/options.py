@@ -83,6 +83,16 @@ class BuildOptions:
     lora_target_modules: Annotated[
         list[str] | None, _build("A layer that adapters may change (default: all). May be repeated.", metavar="NAME")
     ] = None
+    quant: Annotated[
+        str | None, _build("int4, int8, or keep for a GGUF file's own codes (default: the dtype).", metavar="NAME")
+    ] = None
+    quant_group: Annotated[int | None, _build("Input features that share a scale: 32 (default), 64, 128; 0: all.")] = (
+        None
+    )
+    quant_symmetric: Annotated[
+        bool | None, _option("int4 with or without zero points.", "Build", "--quant-symmetric/--quant-zero-points")
+    ] = None
+    quant_head: Annotated[int | None, _build("Bits of the head: 4, 8 (default), or 16 for the dtype.")] = None
     verify: Annotated[bool, _build("Hold an exported graph against the torch backend.")] = False
     option: Annotated[list[str] | None, _build("An option of the backend. May be repeated.", metavar="NAME=VALUE")] = (
         None
@@ -92,9 +102,15 @@ class BuildOptions:
         """What was set, by field of ``BuildConfig``.
 
         Raises:
-            ConfigError: an option of the backend that is not written as NAME=VALUE.
+            ConfigError: an option of the backend that is not written as NAME=VALUE, or one of --quant without it.
         """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["quantization"] = _quantization(
+            values.pop("quant"),
+            group_size=values.pop("quant_group"),
+            symmetric=values.pop("quant_symmetric"),
+            head_bits=values.pop("quant_head"),
+        )
         backend = {"verify": True} if values.pop("verify") else {}
         backend |= dict(map(parse_option, values.pop("option") or ()))
         values["options"] = backend or None
@@ -105,6 +121,13 @@ class BuildOptions:
         from trtllm_core.config import BuildConfig
 
         return BuildConfig(**self.given())
+
+
+def _quantization(name: str | None, **choices: Any) -> dict[str, Any] | None:
+    given = {field: value for field, value in choices.items() if value is not None}
+    if name is None and given:
+        raise ConfigError(f"{', '.join(given)} of quantised weights needs --quant, such as --quant int4")
+    return None if name is None else {"weights": name, **given}
 
 
 @dataclass(frozen=True)

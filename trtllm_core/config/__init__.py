@@ -13,6 +13,7 @@ from trtllm_core.config.engine import (
 from trtllm_core.config.executor import ExecutorConfig
 from trtllm_core.config.mapping import Mapping, WorldConfig
 from trtllm_core.config.model import DType, ModelConfig
+from trtllm_core.config.quantization import Quantization, QuantizationConfig, QuantizedLayer
 from trtllm_core.config.sampling import PluginUse, SamplingConfig, use, with_fields
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "ModelConfig",
     "PluginUse",
     "Provider",
+    "Quantization",
+    "QuantizationConfig",
+    "QuantizedLayer",
     "RankFile",
     "SamplingConfig",
     "WorldConfig",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from trtllm_core.config.base import Config
 from trtllm_core.config.model import DType, ModelConfig
+from trtllm_core.config.quantization import Quantization, QuantizationConfig
 
 FORMAT_VERSION = 1
 """Version of the engine directory's layout. Raised when an older core could misread a newer engine."""
@@ -42,6 +43,7 @@ class BuildConfig(Config):
     lora_target_modules: tuple[str, ...] = Field(
         default=(), description="layers that adapters may change, by the checkpoint's or the classic names; empty: all"
     )
+    quantization: QuantizationConfig | None = Field(default=None, description="None keeps weights in the dtype")
     options: dict[str, Any] = Field(default_factory=dict, description="validated by the backend")
 
     @model_validator(mode="before")
@@ -118,7 +120,7 @@ class EngineConfig(Config):
     lora_layers: dict[str, LoraLayer] = Field(
         default_factory=dict, description="layers that adapters may change, by their names in the family's module"
     )
-    quantization: dict[str, Any] | None = None
+    quantization: Quantization | None = Field(default=None, description="how layers are stored; None: in the dtype")
     record: dict[str, Any] = Field(default_factory=dict, description="what the backend says of the build")
     source: str = Field(default="", description="what it was built from, for people")
     source_digest: str = Field(default="", description="fingerprint of the checkpoint's files")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from trtllm_core.checkpoint import Checkpoint, open_checkpoint
 from trtllm_core.config import BuildConfig, EngineConfig, ModelConfig, Provider, RankFile
 from trtllm_core.engine.directory import holds_engine, write_config
 from trtllm_core.engine.lora import lora_layers
+from trtllm_core.engine.quantization import quantization_of
 from trtllm_core.engine.shards import check_weight_map, rank_weights
 from trtllm_core.errors import ConfigError, listing
 from trtllm_core.parallel import TensorParallel
-from trtllm_core.plugin import Backend, BuiltRank, ModelFamily, Plugins
+from trtllm_core.plugin import Backend, BuiltRank, ModelFamily, Plugins, Weight
 from trtllm_core.plugin.backend import Progress
 from trtllm_core.plugin.registrar import Source
 from trtllm_core.version import __version__
@@ -58,6 +59,7 @@ def plan_engine(
         model=model,
         build=build,
         lora_layers=layers,
+        quantization=quantization_of(family, model, build, checkpoint, backend),
         source=checkpoint.path.name,
         source_digest=checkpoint.digest(),
     )
@@ -107,8 +109,9 @@ def build_engine(
     try:
         files, record = [], dict[str, Any]()
         for rank in range(config.build.tp_size):
-            parts = rank_weights(weights, config.model, checkpoint, TensorParallel(rank, config.build.tp_size))
-            counted = _counted(parts, f"rank {rank}", len(weights), progress)
+            parallel = TensorParallel(rank, config.build.tp_size)
+            parts = rank_weights(weights, config.model, checkpoint, parallel, config.quantization)
+            counted = _counted(parts, f"rank {rank}", _tensors(weights, config), progress)
             built = backend.build(config, family, counted, scratch, rank, progress)
             files.append(_rank_file(built))
             record |= built.record
@@ -121,6 +124,12 @@ def build_engine(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return config
+
+
+def _tensors(weights: Sequence[Weight], config: EngineConfig) -> int:
+    """How many tensors a rank's weights are."""
+    layers = {} if config.quantization is None else config.quantization.layers
+    return len(weights) + sum(1 + (layer.form != "symmetric") for layer in layers.values())
 
 
 def _rank_file(built: BuiltRank) -> RankFile:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from trtllm_core.errors import CheckpointError, EngineCorruptError, listing
 from trtllm_core.plugin import StoredTensor
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ALIGNMENT = 64
 
@@ -23,23 +23,25 @@ _ALIGNMENT = 64
 def write_weights(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file while holding one tensor at a time.
 
     The safetensors library wants all tensors at once, which for a large model is all memory that there is.
-    ``tensors`` come in any order, each name of ``shapes`` once, on the CPU.
+    ``tensors`` come in any order, each name of ``shapes`` once, on the CPU. ``dtype`` is of all, or of each.
 
     Raises:
         CheckpointError: a tensor has another shape than the module's parameter, is unknown to it, or did not come.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     offset = 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+    # Codes may take any number of bytes: the widest types come first, so that every tensor lies as its items need.
+    for name, shape in sorted(shapes.items(), key=lambda one: -dtypes[one[0]].itemsize):
+        size = torch.Size(shape).numel() * dtypes[name].itemsize
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
@@ -60,7 +62,7 @@ def write_weights(
                     f"{list(tensor.shape)}"
                 )
             file.seek(start + header[name]["data_offsets"][0])
-            file.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(tensor.to(dtypes[name]).contiguous().flatten().view(torch.uint8).numpy().data)
         if left:  # they would be zeros
             raise CheckpointError(f"the family's weight map lacks the module's parameters {listing(left)}")
 

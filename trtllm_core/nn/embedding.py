@@ -29,13 +29,14 @@ class VocabParallelEmbedding(LMHead):
     """A token's row of the table, times ``scale``. ``logits`` uses the same table as a head, for models that tie them.
 
     ``replace`` may be put in place by a backend: it is given all rows, ``[..., hidden_size]``, and may write others
-    over some of them, as prompt tables ask. Families never notice.
+    over some of them, as prompt tables ask. ``lookup`` takes rows out of the table. Families never notice.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel, scale: float = 1.0) -> None:
         super().__init__(vocab_size, hidden_size, parallel)
         self.scale = scale
         self.replace: Callable[[torch.Tensor], None] | None = None
+        self.lookup: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.embedding
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids [...]`` (any integer type) ``-> [..., hidden_size]``, the same on every rank."""
@@ -48,10 +49,10 @@ class VocabParallelEmbedding(LMHead):
 
     def _rows(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.parallel.size == 1:
-            return functional.embedding(input_ids, self.weight)
+            return self.lookup(input_ids, self.weight)
         local = input_ids - self.parallel.rank * self.weight.shape[0]
         mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = functional.embedding(torch.where(mine, local, 0), self.weight)
+        rows = self.lookup(torch.where(mine, local, 0), self.weight)
         return self.parallel.all_reduce(rows * mine.unsqueeze(-1))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

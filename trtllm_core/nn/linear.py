@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtllm_core.config import QuantizedLayer
 from trtllm_core.nn.layer import Layer
 from trtllm_core.parallel import TensorParallel
 
@@ -23,7 +24,11 @@ class Linear(Layer):
 
     ``matmul`` is the kernel. A backend may put a faster, a quantised or a batch-invariant one in its place when it
     loads the engine; families never notice.
+
+    Where ``quantized`` says how, ``weight`` holds codes and other parameters what they are worth: see ``nn.quantized``.
     """
+
+    quantized: QuantizedLayer | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()

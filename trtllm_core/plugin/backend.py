@@ -175,7 +175,9 @@ class Backend(ABC):
     contract: Literal["packed_paged", "padded_linear"]
     """The tensors that its engines take."""
     takes: frozenset[str] = frozenset()
-    """What they take besides, of ``lora`` and ``prompt_tables``. A build that asks for what is not here is refused."""
+    """What they take besides, of ``lora``, ``prompt_tables``, ``quantization`` and, of quantised weights,
+    ``zero_points`` and ``offsets`` (see ``trtllm_core.config.quantization``). A build that asks for what is not here is
+    refused."""
 
     @abstractmethod
     def probe(self) -> Availability:

@@ -11,7 +11,7 @@ from torch import nn
 
 from trtllm_core.backends.linear.context import AttentionKind, kind_for
 from trtllm_core.backends.linear.export import GraphOptions, export_module, write_graph
-from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.modules import fill, meta_module, parameter_dtypes, parameter_shapes
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.weights import Weights, places, write_weights
 from trtllm_core.parallel import TensorParallel
@@ -45,7 +45,7 @@ def write_weights_and_graph(
     device = torch.device("cpu")
     module = meta_module(config, family, TensorParallel())
     check(module)
-    write_weights(file, parameter_shapes(module), getattr(torch, config.model.dtype), weights, {})
+    write_weights(file, parameter_shapes(module), parameter_dtypes(module), weights, {})
     fill(module, config, Weights(file, device).tensors, device)
     kind = kind_for(module, options.attention)
     path = file.with_suffix(".onnx")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
+from trtllm_core.backends.modules import fill, meta_module, parameter_dtypes, parameter_shapes
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import DTYPES, Kernels
 from trtllm_core.backends.torch.cpu.layers import accelerate
@@ -18,6 +18,7 @@ from trtllm_core.backends.torch.cuda.support import unsupported
 from trtllm_core.backends.torch.executable import TorchExecutable, tensor_specs
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
 from trtllm_core.backends.torch.lora import LoraBank
+from trtllm_core.backends.torch.quantized import use_products
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.directory import parse_config
 from trtllm_core.engine.lora import lora_sizes
@@ -36,7 +37,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     contract = "packed_paged"
-    takes = frozenset({"lora", "prompt_tables"})
+    takes = frozenset({"lora", "prompt_tables", "quantization", "zero_points", "offsets"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""
@@ -68,10 +69,10 @@ class TorchBackend(Backend):
                 f"the torch backend keeps keys and values in the engine's dtype, {config.model.dtype}: "
                 "leave kv_dtype out"
             )
-        shapes = parameter_shapes(meta_module(config, family, TensorParallel(rank, config.build.tp_size)))
+        module = meta_module(config, family, TensorParallel(rank, config.build.tp_size))
         path = directory / f"rank{rank}.safetensors"
         metadata = {"engine": config.model_dump_json(), "rank": str(rank)}
-        write_weights(path, shapes, getattr(torch, config.model.dtype), weights, metadata)
+        write_weights(path, parameter_shapes(module), parameter_dtypes(module), weights, metadata)
         return BuiltRank(path)
 
     def load(
@@ -138,6 +139,8 @@ class TorchBackend(Backend):
         kernels = _native_kernels(native, device, dtype, batch_invariant)
         if kernels is not None:
             accelerate(module, kernels)
+        if config.quantization is not None:
+            use_products(module, plain_product(device, dtype, batch_invariant), kernels)
         lora = None
         if config.lora_layers:
             product = plain_product(device, dtype, batch_invariant)

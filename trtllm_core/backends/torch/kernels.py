@@ -54,7 +54,7 @@ def choose_kernels(
     kernel = plain_product(device, dtype, batch_invariant)
     pack = kernel is functional.linear and can_pack(device, dtype)
     for layer in module.modules():
-        if isinstance(layer, Linear) and device.type != "cuda":
+        if isinstance(layer, Linear) and device.type != "cuda" and layer.quantized is None:
             layer.matmul = packed_linear(layer.weight, evict) if pack else kernel
         elif batch_invariant and isinstance(layer, (MLP, GatedMLP)):
             layer.activation = invariant_rows(layer.activation)

@@ -42,6 +42,8 @@ def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) ->
     if not isinstance(backend, TorchBackend) or build.tp_size > 1:
         raise ConfigError("random weights run on the torch backend, on one rank; build an engine for anything else")
     place = check_device(torch.device(device), config, False)
+    if config.quantization is not None:
+        raise ConfigError("random weights are not quantised: leave quantization out, or build an engine")
     random = torch.Generator(place).manual_seed(seed)
     rank = TensorParallel()
     dtype = getattr(torch, config.model.dtype)

@@ -200,6 +200,96 @@ void attend(const Rows& rows, const Layer& layer, const T* qkv, T* cache, T* out
 
 }  // namespace
 
+// Mirrored by ctypes in kernels.py. A code is worth scale * (code - middle) + offset; see trtllm_core.quantize.
+extern "C" struct Quantized {
+  const uint8_t* codes;  // [out, in * bits / 8]; of 4 bits, the first of two is the lower half
+  const float* scales;   // [out, groups]
+  const float* offsets;  // [out, groups]; null: none
+  int64_t out, in, group, bits, middle;
+};
+
+namespace {
+
+constexpr int64_t LANES = 16;  // codes that are multiplied together: the least group is 32, so 4-bit ones fill them
+
+// One group's codes, times x. Of 4 bits, x holds the group's elements of even places first, then the others.
+template <int BITS>
+inline void add_group(const uint8_t* codes, const float* x, int64_t bytes, int32_t middle, float scale, float* sums) {
+  float part[LANES] = {};
+  for (int64_t j = 0; j < bytes; j += LANES) {
+#pragma omp simd
+    for (int64_t i = 0; i < LANES; ++i) {
+      const int32_t byte = codes[j + i];
+      if (BITS == 8)
+        part[i] += static_cast<float>(byte - middle) * x[j + i];
+      else
+        part[i] += static_cast<float>((byte & 15) - middle) * x[j + i] +
+                   static_cast<float>((byte >> 4) - middle) * x[bytes + j + i];
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < LANES; ++i) sums[i] += scale * part[i];
+}
+
+template <typename T, int BITS>
+void quantized_linear(const Quantized& weight, const T* x, const T* bias, T* out, int64_t rows) {
+  const int64_t groups = weight.in / weight.group, bytes = weight.group * BITS / 8;
+  thread_local std::vector<float> buffer;
+  buffer.resize(rows * (weight.in + groups));
+  float *wide = buffer.data(), *totals = wide + rows * weight.in;  // the callers' x; sums of its groups
+  for (int64_t group = 0; group < rows * groups; ++group) {
+    const T* from = x + group * weight.group;
+    float *to = wide + group * weight.group, total = 0;
+    for (int64_t i = 0; i < weight.group; ++i) {
+      const float value = load(from[i]);
+      to[BITS == 8 ? i : i / 2 + (i & 1) * bytes] = value;
+      total += value;
+    }
+    totals[group] = total;
+  }
+#pragma omp parallel for if (weight.out * weight.in >= SHARE_FROM)
+  for (int64_t n = 0; n < weight.out; ++n) {
+    const uint8_t* codes = weight.codes + n * groups * bytes;
+    const float* scales = weight.scales + n * groups;
+    for (int64_t row = 0; row < rows; ++row) {
+      float sums[LANES] = {}, sum = 0;
+      for (int64_t g = 0; g < groups; ++g)
+        add_group<BITS>(codes + g * bytes, wide + row * weight.in + g * weight.group, bytes,
+                        static_cast<int32_t>(weight.middle), scales[g], sums);
+      if (weight.offsets != nullptr) {
+        const float *offsets = weight.offsets + n * groups, *total = totals + row * groups;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t g = 0; g < groups; ++g) sum += offsets[g] * total[g];
+      }
+      for (int64_t i = 0; i < LANES; ++i) sum += sums[i];
+      store(out[row * weight.out + n], bias == nullptr ? sum : sum + load(bias[n]));
+    }
+  }
+}
+
+template <typename T>
+void dequantize(const Quantized& weight, T* out) {
+  const int64_t groups = weight.in / weight.group, bytes = weight.group * weight.bits / 8;
+#pragma omp parallel for if (weight.out * weight.in >= SHARE_FROM)
+  for (int64_t group = 0; group < weight.out * groups; ++group) {
+    const uint8_t* codes = weight.codes + group * bytes;
+    const float scale = weight.scales[group], offset = weight.offsets == nullptr ? 0.0f : weight.offsets[group];
+    const int32_t middle = static_cast<int32_t>(weight.middle);
+    T* to = out + group * weight.group;
+    if (weight.bits == 8) {
+#pragma omp simd
+      for (int64_t i = 0; i < bytes; ++i) store(to[i], scale * static_cast<float>(codes[i] - middle) + offset);
+    } else {
+      for (int64_t i = 0; i < bytes; ++i) {
+        store(to[2 * i], scale * static_cast<float>((codes[i] & 15) - middle) + offset);
+        store(to[2 * i + 1], scale * static_cast<float>((codes[i] >> 4) - middle) + offset);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 #define EXPORT(NAME, T)                                                                                               \
   extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* out, int64_t rows, int64_t size, float eps) {       \
     rms_norm(x, weight, out, rows, size, eps);                                                                        \
@@ -209,7 +299,11 @@ void attend(const Rows& rows, const Layer& layer, const T* qkv, T* cache, T* out
   }                                                                                                                   \
   extern "C" void attend_##NAME(const Rows* rows, const Layer* layer, const T* qkv, T* cache, T* out) {               \
     attend(*rows, *layer, qkv, cache, out);                                                                           \
-  }
+  }                                                                                                                   \
+  extern "C" void quantized_linear_##NAME(const Quantized* weight, const T* x, const T* bias, T* out, int64_t rows) { \
+    (weight->bits == 8 ? quantized_linear<T, 8> : quantized_linear<T, 4>)(*weight, x, bias, out, rows);               \
+  }                                                                                                                   \
+  extern "C" void dequantize_##NAME(const Quantized* weight, T* out) { dequantize(*weight, out); }
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

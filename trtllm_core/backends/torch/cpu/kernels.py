@@ -40,6 +40,21 @@ class Heads(ctypes.Structure):
     )
 
 
+class Quantized(ctypes.Structure):
+    """A quantised weight: see ``kernels.cpp``."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("middle", ctypes.c_int64),
+    )
+
+
 class Kernels:
     """Tensors are contiguous, on the CPU, and of the one dtype that this was made for.
 
@@ -60,6 +75,8 @@ class Kernels:
         self._rms_norm = function("rms_norm", pointer, pointer, pointer, number, number, ctypes.c_float)
         self._silu_gate = function("silu_gate", pointer, pointer, number, number)
         self._attend = function("attend", pointer, pointer, pointer, pointer, pointer)
+        self._quantized_linear = function("quantized_linear", pointer, pointer, pointer, pointer, number)
+        self._dequantize = function("dequantize", pointer, pointer)
         self.dtype = dtype
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,4 +103,19 @@ class Kernels:
         qkv = qkv.contiguous()
         out = qkv.new_empty(qkv.shape[0], heads.heads * heads.head_size)
         self._attend(ctypes.addressof(rows), ctypes.addressof(heads), qkv.data_ptr(), cache.data_ptr(), out.data_ptr())
+        return out
+
+    def quantized_linear(self, weight: Quantized, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., in] -> [..., out]``, row by row over the codes: for few rows."""
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], weight.out)
+        b = 0 if bias is None else bias.data_ptr()
+        rows = x.numel() // weight.inputs
+        self._quantized_linear(ctypes.addressof(weight), x.data_ptr(), b, out.data_ptr(), rows)
+        return out
+
+    def dequantize(self, weight: Quantized) -> torch.Tensor:
+        """``[out, in]`` in the kernels' dtype."""
+        out = torch.empty(weight.out, weight.inputs, dtype=self.dtype)
+        self._dequantize(ctypes.addressof(weight), out.data_ptr())
         return out

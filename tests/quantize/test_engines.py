@@ -1,0 +1,178 @@
+"""Engines with quantised weights on the torch backend: built, loaded, and held against plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.executable import TorchExecutable
+from trtllm_core.backends.torch.quantized import DIRECT_UP_TO, NativeProduct, PiecewiseProduct
+from trtllm_core.checkpoint import open_checkpoint
+from trtllm_core.config import BuildConfig, QuantizationConfig, QuantizedLayer, SamplingConfig
+from trtllm_core.engine.build import build_engine, plan_engine
+from trtllm_core.engine.load import load_directory
+from trtllm_core.engine.shards import check_weight_map, rank_weights
+from trtllm_core.errors import ConfigError, EngineUnsupportedError
+from trtllm_core.nn.quantized import PlainProduct, weight_of
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import Piece, Plugins, Weight
+from trtllm_core.quantize import QuantizedWeight, quantize
+from trtllm_core.quantize.gguf import widened
+from trtllm_core.runner import ModelRunner
+
+PROMPTS = [[1, 5, 9, 33], [7, 60], [3, 2, 1, 4, 8, 6, 21, 22, 23, 24, 25]]
+
+
+def limits(**more: Any) -> BuildConfig:
+    fields = {"dtype": "float32", "max_seq_len": 64, "max_input_len": 40, "max_batch_size": 4, **more}
+    if isinstance(fields.get("quantization"), str):
+        fields["quantization"] = QuantizationConfig(weights=fields["quantization"])
+    return BuildConfig(**fields)
+
+
+def tokens(runner: ModelRunner) -> Any:
+    return runner.generate(PROMPTS, sampling_config=SamplingConfig(max_new_tokens=12, end_id=66)).tolist()
+
+
+def dense(engine: Path, plugins: Plugins) -> dict[str, torch.Tensor]:
+    """The weights that an engine computes with, float32."""
+    executable = load_directory(engine, plugins)
+    assert isinstance(executable, TorchExecutable)
+    module = executable.module
+    found = {}
+    for name, layer in module.named_modules():
+        if getattr(layer, "quantized", None) is not None:
+            found[f"{name}.weight"] = weight_of(layer).dequantize()
+        elif isinstance(getattr(layer, "weight", None), torch.Tensor):
+            found[f"{name}.weight"] = layer.weight
+    return found
+
+
+def test_a_gguf_keeps_its_values(quantised_gguf: Path, tmp_path: Path, plugins: Plugins) -> None:
+    """Through fusion, the reordering of heads and both kinds of codes in one layer."""
+    build_engine(quantised_gguf, tmp_path / "plain", limits(), plugins=plugins)
+    config = build_engine(quantised_gguf, tmp_path / "kept", limits(quantization="keep"), plugins=plugins)
+    assert config.quantization is not None
+    assert len(config.quantization.layers) == 2 * 4 + 1  # all but the embedding
+    plain, kept = dense(tmp_path / "plain", plugins), dense(tmp_path / "kept", plugins)
+    assert plain.keys() == kept.keys()
+    assert all(torch.equal(plain[name], kept[name]) for name in plain)
+    results = [tokens(ModelRunner.from_dir(tmp_path / name, plugins=plugins)) for name in ("plain", "kept")]
+    assert results[0] == results[1]
+    twin = ModelRunner.from_dir(tmp_path / "kept", plugins=plugins, native=False)
+    assert tokens(twin) == results[0]
+
+
+def test_batch_invariant_engines_may_be_quantised(quantised_gguf: Path, tmp_path: Path, plugins: Plugins) -> None:
+    build_engine(quantised_gguf, tmp_path / "kept", limits(quantization="keep"), plugins=plugins)
+    runner = ModelRunner.from_dir(tmp_path / "kept", plugins=plugins, batch_invariant=True)
+    assert tokens(runner) == tokens(ModelRunner.from_dir(tmp_path / "kept", plugins=plugins))
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_table_serves_as_head_and_embedding(
+    tied: Path, tmp_path: Path, plugins: Plugins, weights: str, dtype: str
+) -> None:
+    config = build_engine(tied, tmp_path / "engine", limits(quantization=weights, dtype=dtype), plugins=plugins)
+    assert config.quantization is not None
+    assert config.quantization.layers["embedding"].bits == 8
+    assert config.quantization.layers["layers.0.mlp.down"].bits == (4 if weights == "int4" else 8)
+    assert tokens(ModelRunner.from_dir(tmp_path / "engine", plugins=plugins))
+
+
+@pytest.mark.parametrize("weights", ["keep", "int4"])
+def test_ranks_share_the_codes(quantised_gguf: Path, plugins: Plugins, weights: str) -> None:
+    """Each rank's codes are worth its share of the weights: rows of groups and of heads are split, no group is."""
+    source = open_checkpoint(quantised_gguf)
+    config, family, _ = plan_engine(source, limits(tp_size=2, quantization=weights), plugins)
+    assert config.quantization is not None
+    layers, maps = config.quantization.layers, check_weight_map(family, config.model, source)
+    for rank in range(2):
+        parallel = TensorParallel(rank, 2)
+        plain = dict(rank_weights(maps, config.model, source, parallel))
+        parts = dict(rank_weights(maps, config.model, source, parallel, config.quantization))
+        for name, how in layers.items():
+            made = {one: parts[f"{name}.{'weight' if one == 'codes' else one}"] for one in ("codes", "scales")}
+            for one in ("zero_points", "offsets"):
+                if f"{name}.{one}" in parts:
+                    made[one] = parts[f"{name}.{one}"]
+            found, wanted = QuantizedWeight.of(how, made).dequantize(), plain[f"{name}.weight"]
+            if weights == "keep":
+                assert torch.equal(found, wanted), name
+            else:
+                assert (found - wanted).abs().max() < 0.25 * wanted.abs().max(), name
+
+
+def test_what_codes_cannot_follow(quantised_gguf: Path, plugins: Plugins) -> None:
+    source = open_checkpoint(quantised_gguf)
+    config, _, _ = plan_engine(source, limits(quantization="keep"), plugins)
+    piece = Piece("blk.0.ffn_down.weight", transform=lambda tensor: tensor.t())
+    weights = [Weight("layers.0.mlp.down.weight", (piece,))]
+    with pytest.raises(ConfigError, match="is transposed, .* round it anew"):
+        list(rank_weights(weights, config.model, source, TensorParallel(), config.quantization))
+
+
+def test_what_is_refused(checkpoint: Path, tmp_path: Path, plugins: Plugins) -> None:
+    source = open_checkpoint(checkpoint)
+    wrong = [
+        (limits(quantization="keep"), "not quantised"),
+        (limits(quantization="int4", max_lora_rank=4), "adapters need weights in the engine's dtype"),
+        (limits(quantization={"weights": "int4", "group_size": 128}), "does not divide the 64 input features"),
+        (limits(quantization="int4", tp_size=4), "does not divide the 16 input features.* or fewer ranks"),
+    ]
+    for build, says in wrong:
+        with pytest.raises(ConfigError, match=says):
+            plan_engine(source, build, plugins)
+
+
+def kernels(dtype: torch.dtype, folder: Path) -> Kernels:
+    try:
+        return Kernels(dtype, folder)
+    except EngineUnsupportedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.mark.parametrize(("bits", "form"), [(4, "symmetric"), (4, "zero_points"), (4, "offsets"), (8, "symmetric")])
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_equal_their_twin(bits: int, form: str, group: int, dtype: torch.dtype, folder: Path) -> None:
+    made = QuantizedLayer(bits=bits, group_size=group, form="symmetric" if form == "offsets" else form)  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(bits + group)
+    weight = quantize(torch.randn(70, 256, generator=random), made)
+    if form == "offsets":
+        weight = widened(weight, made.replace(form="offsets"))
+    bias = torch.randn(70, generator=random).to(dtype)
+    twin = PlainProduct(weight)
+    products = [
+        NativeProduct(weight, kernels(dtype, folder), torch.nn.functional.linear),
+        PiecewiseProduct(weight, torch.nn.functional.linear),
+    ]
+    for rows in (1, 3, DIRECT_UP_TO + 1):
+        x = torch.randn(rows, 256, generator=random).to(dtype)
+        wanted = twin(x.double(), weight.codes, bias.double())
+        for product in products:
+            for b, minus in ((bias, 0.0), (None, bias.double())):
+                error = (product(x, weight.codes, b).double() + minus - wanted).abs().max()
+                assert error < (1e-4 if dtype == torch.float32 else 0.02 * wanted.abs().max()), (rows, product)
+
+
+def test_a_table_of_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtllm_core.backends.torch.quantized.PIECE", 64 * 7)
+    weight = quantize(torch.randn(30, 64), QuantizedLayer(bits=4, group_size=32, form="zero_points"))
+    x = torch.randn(20, 64)
+    wanted = PlainProduct(weight)(x, weight.codes, None)
+    for product in (
+        PiecewiseProduct(weight, torch.nn.functional.linear),
+        NativeProduct(weight, kernels(torch.float32, folder), torch.nn.functional.linear),
+    ):
+        assert torch.allclose(product(x, weight.codes, None), wanted, atol=1e-4)
