@@ -109,7 +109,7 @@ def test_a_step_waits_for_its_tokens_and_for_nothing_else(runners, monkeypatch, 
 
     monkeypatch.setattr(loop, "step", careful)
     runners[1].generate([[1 + i] * 8 for i in range(6)], BASE.replace(max_new_tokens=40, **fields))
-    assert steps >= 8
+    assert steps >= 5
 
 
 @pytest.mark.cuda
