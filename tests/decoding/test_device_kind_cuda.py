@@ -11,6 +11,7 @@ import torch
 
 from trtllm_core import Plugins, SamplingConfig
 from trtllm_core.decoding.choosing import Choosers
+from trtllm_core.decoding.companions import Companions
 from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.planner import Planner
@@ -94,7 +95,8 @@ def test_a_step_never_waits_and_is_that_of_the_cpu(entry, new_floor, rng):
             assert got.tolist() == want.tolist()
         else:
             torch.testing.assert_close(theirs.cpu() if got is None else got.cpu(), ours, rtol=1e-5, atol=1e-4)
-    new = replace(on_gpu(floor.commit_batch(range(ROWS), [[7, 8]] * ROWS)), context=contexts[1])
+    committed = floor.commit_batch(range(ROWS), [[7, 8]] * ROWS, logits=raw, source=[[row] * 2 for row in range(ROWS)])
+    new = replace(on_gpu(committed), context=contexts[1])
     a, b = torch.tensor([0, 1, 2], device="cuda"), torch.tensor([1, 2, 0], device="cuda")
     with no_waiting():
         there.commit(new)
@@ -108,7 +110,7 @@ def test_a_pipeline_of_both_presets_never_waits(new_floor, rng):
     context = on_gpu(floor.context)
     planner = Planner(Plugins.load())
     pipeline = LogitsPipeline(context, ROWS, lambda slot: floor.histories[slot])
-    choosers = Choosers(context, Host(pipeline, Samplers(context)))
+    choosers = Choosers(context, Host(pipeline, Samplers(context), Companions(ROWS, context.device)))
     for slot in range(ROWS):
         sampling = SamplingConfig(preset=("trtllm", "hf")[slot % 2], **{**WISHES[slot % 4], "top_p_decay": None})
         plan = planner.plan(sampling, beside=pipeline.beside(sampling.preset))
