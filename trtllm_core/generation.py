@@ -10,22 +10,20 @@ from typing import Any, Self
 
 import torch
 
+from trtllm_core.assembling import make_loop
 from trtllm_core.batch_input import make_requests, unpack
+from trtllm_core.batch_shape import BatchShape
 from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import KVCacheConfig, Mapping, ModelConfig, SamplingConfig, with_fields
 from trtllm_core.debugging import DebugBuffers
-from trtllm_core.decoding.branches import BranchTable
-from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.plan import Plan
-from trtllm_core.decoding.planner import Planner, offers
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.engine.load import Serialized
-from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.errors import ConfigError
 from trtllm_core.kv_cache.making import make_cache, with_window
-from trtllm_core.loop import StepLoop
 from trtllm_core.lora import LoraManager
-from trtllm_core.outputs import BatchIds, batch_result, check_ids_suffice, outputs_of, partial_result
+from trtllm_core.outputs import batch_result, check_ids_suffice, outputs_of, partial_results
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import LogitsProcessor, Plugins, StoppingCriterion
 from trtllm_core.plugin.observer import SessionStats
@@ -92,23 +90,10 @@ class GenerationSession(EngineProperties):
         elif debug_tensors_to_save is not None or debug_dir is not None:
             raise ConfigError("debug_tensors_to_save and debug_dir need debug_mode")
         self.kv_config = kv_cache or KVCacheConfig()
-        ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
-        token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
-        planner = Planner(
-            self.plugins,
-            offers(token_bytes is not None, self.session.engine.capabilities.multi_position),
-            self.config.build,
-        )
-        share = self.session.engine.broadcast
-        branches = BranchTable(
-            self.config, self.device, planner, tuple(ends), token_bytes, debug_mode, lambda: share(clock())
-        )
-        cache = make_cache(self.kv_config, self.session.engine, self.plugins, branches.slots.tokens)
-        planner.follow(cache.plan.rewindable)
-        self.loop = StepLoop(self.session, cache, branches, self.plugins)
+        self.loop = make_loop(self.session, self.plugins, self.kv_config, tokenizer, end_ids, debug_mode, clock)
         self.lora = LoraManager(self.session, self.plugins, TensorParallel(self.mapping.tp_rank, self.mapping.tp_size))
         self._batch = StaticBatch(self.loop, self.lora)
-        self._shape: tuple[int, int, int, int] | None = None
+        self._shape: BatchShape | None = None
         self._window: tuple[int | None, int | None] = (None, None)
         self._cache_config = self.kv_config
         self._closed = False
@@ -131,18 +116,11 @@ class GenerationSession(EngineProperties):
             CapacityError: the engine was not built for that much.
             ConfigError: a window or sinks, which the session's cache does not offer.
         """
-        build = self.config.build
-        for name, asked, most in (
-            ("batch_size", batch_size, build.max_batch_size),
-            ("beam_width", beam_width, build.max_beam_width),
-            ("max_context_length", max_context_length, build.max_input_len),
-            ("max_context_length + max_new_tokens", max_context_length + max_new_tokens, build.max_seq_len),
-        ):
-            if not 1 <= asked <= most:
-                raise CapacityError(f"{name} is {asked}; the engine was built for 1 to {most}")
+        shape = BatchShape(batch_size, max_context_length, max_new_tokens, beam_width)
+        shape.check(self.config.build)
         self._window = max_attention_window_size, sink_token_length
         self._fit_cache(self._window)
-        self._shape = (batch_size, max_context_length, max_new_tokens, beam_width)
+        self._shape = shape
 
     def decode(
         self,
@@ -205,7 +183,9 @@ class GenerationSession(EngineProperties):
         changes = {name: value for name, value in changes.items() if value is not None}
         prompts = unpack(input_ids, context_lengths)
         sampling = with_fields(sampling_config, len(prompts), changes)
-        self._check_setup(prompts, [sampling] if isinstance(sampling, SamplingConfig) else sampling)
+        if self._shape is None:
+            raise ConfigError("call setup(batch_size, max_context_length, max_new_tokens) before decode")
+        self._shape.check_batch(prompts, [sampling] if isinstance(sampling, SamplingConfig) else sampling)
         table = None if prompt_embedding_table is None else by_task(prompt_embedding_table, prompt_vocab_size)
         return self.decode_batch(
             prompts,
@@ -330,35 +310,10 @@ class GenerationSession(EngineProperties):
 
     def _stream_full(self, requests: Sequence[Request]) -> Iterator[Any]:
         """The whole result, as it stands, after each step that added something."""
-        if not any(request.sampling.return_dict for request in requests):
-            check_ids_suffice(requests)
         widths = [self.loop.branches.plan(request).branching.returns for request in requests]
-        batch = BatchIds(requests, widths, self.loop.branches.end_ids)
-        errors = []
         started: dict[str, LiveRequest] = {}
         with closing(self._batch.run(requests, started)) as steps:
-            for deltas in steps:
-                for delta in deltas:
-                    batch.follow(delta)
-                    errors += [delta.error] if delta.error is not None else []
-                if deltas:
-                    yield partial_result(requests, started, batch.ids.clone())
-        if errors:
-            raise errors[0]
-
-    def _check_setup(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingConfig]) -> None:
-        if self._shape is None:
-            raise ConfigError("call setup(batch_size, max_context_length, max_new_tokens) before decode")
-        batch, context, new, beams = self._shape
-        wanted = max(config.max_new_tokens for config in sampling)
-        if len(prompts) != batch or max(map(len, prompts)) > context or wanted > new:
-            raise ConfigError(
-                f"setup was for {batch} sequences of up to {context} + {new} tokens; decode got {len(prompts)} of up "
-                f"to {max(map(len, prompts))} + {wanted}"
-            )
-        width = max(config.num_beams for config in sampling)
-        if width > beams:
-            raise ConfigError(f"setup was for beam_width {beams}; decode got num_beams {width}")
+            yield from partial_results(requests, widths, self.loop.branches.end_ids, steps, started)
 
     def _stats(self) -> SessionStats:
         return SessionStats(

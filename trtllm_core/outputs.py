@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +190,40 @@ def _logits(
         for i, sequence, rows in logits:
             result["generation_logits"][i, sequence, : len(rows)] = rows
     return result
+
+
+def partial_results(
+    requests: Sequence[Request],
+    widths: Sequence[int],
+    end_ids: Sequence[int],
+    steps: Iterable[Sequence[Delta]],
+    started: Mapping[str, LiveRequest],
+) -> Iterator[torch.Tensor | dict[str, Any]]:
+    """The classic result of a batch as it stands, after each step that added something.
+
+    Args:
+        requests: the batch.
+        widths: how many sequences each of them returns.
+        end_ids: of the session.
+        steps: what each step told.
+        started: the requests that have started, by id; filled as the steps go on.
+
+    Raises:
+        ConfigError: the ids alone cannot say what was asked for.
+        PluginError: what a plugin raised first, once all sequences have ended.
+    """
+    if not any(request.sampling.return_dict for request in requests):
+        check_ids_suffice(requests)
+    batch = BatchIds(requests, widths, end_ids)
+    errors = []
+    for deltas in steps:
+        for delta in deltas:
+            batch.follow(delta)
+            errors += [delta.error] if delta.error is not None else []
+        if deltas:
+            yield partial_result(requests, started, batch.ids.clone())
+    if errors:
+        raise errors[0]
 
 
 def partial_result(
