@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_core import KVCacheConfig, ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core import Executor, ExecutorConfig, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core.cli import explain
+from trtllm_core.compat.tensorrt_llm.bindings import DataType, DecodingInput, DecodingMode, DecodingOutput, GptDecoder
+from trtllm_core.compat.tensorrt_llm.bindings import SamplingConfig as ClassicConfig
 from trtllm_core.config import BuildConfig
 from trtllm_core.errors import CapacityError, ConfigError, PluginContractError, PluginRuntimeError
 from trtllm_core.plugin import (
+    Decoder,
     DeviceLogitsProcessor,
     HostLogitsProcessor,
     LogitsCapabilities,
+    Selection,
     hookimpl,
 )
+from trtllm_core.scheduling import Scheduler
 from trtllm_core.testing.markov import MarkovExecutable
 
 VOCAB = 31
@@ -39,6 +45,9 @@ class Guide(DeviceLogitsProcessor):
         return NEGATIVE
 
     def apply(self, logits, batch):
+        if batch.companion_logits is None:  # none of its requests asks for a token
+            assert not batch.active.any()
+            return
         for j, part in enumerate(TAKEN):
             taken = part * batch.companion_logits[batch.companions[:, j]]
             logits -= torch.where(batch.active.unsqueeze(1), taken, 0.0)
@@ -61,6 +70,8 @@ class Another(DeviceLogitsProcessor):
         return [view.prompt[-1:]]
 
     def apply(self, logits, batch):
+        if batch.companion_logits is None:
+            return
         taken = 0.75 * batch.companion_logits[batch.companions[:, 0]]
         logits -= torch.where(batch.active.unsqueeze(1), taken, 0.0)
 
@@ -85,13 +96,35 @@ class Asks(Guide):
         return self.answer
 
 
+class LooksAhead(Decoder):
+    """Has logits of its own processed, which no engine gave."""
+
+    def select(self, logits, batch):
+        self.host.process(torch.zeros_like(logits), batch)
+        return Selection(logits.argmax(1, keepdim=True), torch.ones_like(batch.slot))
+
+
 class Here:
-    hook_api = "logits_processor>=1.0,<2"
+    hook_api = ("logits_processor>=1.0,<2", "decoder>=1.0,<2")
 
     @hookimpl
     def trtllm_register_logits_processors(self, registrar):
         for name, cls in (("guide", Guide), ("host_guide", HostGuide), ("another", Another), ("fails", Fails)):
             registrar.add(name, cls)
+
+    @hookimpl
+    def trtllm_register_decoders(self, registrar):
+        registrar.add("looks_ahead", LooksAhead)
+
+
+class Joins:
+    """Is in the plan of who sets a penalty."""
+
+    hook_api = "logits_processor>=1.0,<2"
+
+    @hookimpl
+    def trtllm_register_logits_processors(self, registrar):
+        registrar.add("joins", Guide, consumes={"presence_penalty": 0.0})
 
 
 class Steps:
@@ -237,6 +270,69 @@ def test_they_are_put_off_with_their_owners(policy):
     assert sum(request.preemptions for request in ends.seen) > 1
 
 
+@pytest.mark.parametrize("policy", ["paged", "prefix", "contiguous"])
+def test_put_off_at_any_time(policy, monkeypatch):
+    """Between any two steps, prompts that are half read included: several answers, beams, and who has none."""
+    guide = ASK.replace(logits_processors=use("guide"))
+    several = guide.replace(top_k=0, top_p=1.0, num_return_sequences=2, random_seed=4)
+    asks = [guide, several, ASK, guide.replace(num_beams=2, num_return_sequences=1)]
+    given = prompts(7, 4)
+    build = BUILD.replace(max_num_tokens=24)
+    due = tokens(made(None, build), given, asks)
+    draw, reserve, count = random.Random(5), Scheduler._reserve, 0
+
+    def disturb(self):
+        nonlocal count
+        for one in [*self._running]:
+            if len(self._running) > 1 and draw.random() < 0.15:
+                self._running.remove(one)
+                self._put_off(one)
+                count += 1
+        self._blocked = None
+        return reserve(self)
+
+    monkeypatch.setattr(Scheduler, "_reserve", disturb)
+    assert tokens(made(KVCacheConfig(policy=policy), build), given, asks) == due
+    assert count > 5
+
+
+def test_in_flight_and_under_a_budget_of_one_token():
+    """A branch and its companions run alone where they have more next tokens than a step may run."""
+    runner = made()
+    given = prompts(8, 4)
+    asks = [ASK.replace(logits_processors=use("guide"), return_dict=False), ASK.replace(return_dict=False)] * 2
+    with Executor(runner, ExecutorConfig(max_num_tokens=1)) as executor:
+        handles = [executor.submit(prompt, ask) for prompt, ask in zip(given, asks, strict=True)]
+        gone = executor.submit(given[0], asks[0].replace(max_new_tokens=30))
+        gone.cancel()
+        found = [handle.result(timeout=60)[0].tokens for handle in handles]
+        assert gone.result(timeout=60)[0].finish_reason == "cancelled"
+    assert found[::2] == [greedy(runner, prompt) for prompt in given[::2]]
+    assert idle(runner)
+
+
+def test_a_decoder_has_no_companions_for_logits_of_its_own(runner):
+    one, other = runner.generate(
+        [[1, 2], [3]], [ASK.replace(decoder=use("looks_ahead"), logits_processors=use("guide")), ASK]
+    )["outputs"]
+    assert (one.finish_reason, other.finish_reason) == ("plugin_error", "length")
+    assert "they have none for it" in str(one.error)
+    assert idle(runner)
+
+
+def test_logits_that_are_given_have_no_companions():
+    """``GptDecoder`` runs no engine."""
+    plugins = Plugins.load(extra=[Joins()])
+    decoder = GptDecoder(DecodingMode.TOP_K_TOP_P, DataType.FLOAT, 2, 1, VOCAB, VOCAB, 32, plugins=plugins)
+    output = DecodingOutput(torch.zeros(1, 1, 32, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
+    given = DecodingInput(torch.zeros(1, 1, VOCAB), torch.tensor([-1]))
+    decoder.setup(ClassicConfig(presence_penalty=[0.5]), 1)
+    with pytest.raises(ConfigError, match="plugin 'joins' needs companions, which this session cannot"):
+        decoder.forward(output, given)
+    decoder.setup(ClassicConfig(), 1)
+    decoder.forward(output, given)
+
+
 def test_their_prompts_are_reused():
     steps = Steps()
     runner = made(KVCacheConfig(policy="prefix"), BUILD, steps)
@@ -337,3 +433,11 @@ def test_a_pool_that_is_too_small_is_refused():
     runner = made(KVCacheConfig(max_tokens=48))
     with pytest.raises(CapacityError, match="1 branches of 2 .*, with 2 companions each, need 13 blocks"):
         runner.generate([[1, 2]], ASK.replace(logits_processors=use("guide"), max_new_tokens=14))
+
+
+def test_explain_tells_of_them(runner, capsys):
+    ask = ASK.replace(logits_processors=(use("another"), use("guide")))
+    plan = runner.generation.loop.branches.planner.plan(ask, prompt=[4, 5])
+    assert explain.plan_record(plan, ask)["companions"] == {"guide": 2, "another": 1}
+    explain._print_fields(plan, ask)
+    assert "guide: 2 beside each branch, a slot each, with the same tokens" in " ".join(capsys.readouterr().out.split())

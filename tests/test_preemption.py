@@ -11,6 +11,7 @@ import pytest
 
 from trtllm_core import BuildConfig, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.errors import CapacityError
+from trtllm_core.loop import StepLoop
 from trtllm_core.outputs import GenerationOutput
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop, hookimpl
 from trtllm_core.plugin.kv_policy import OutOfBlocksError
@@ -122,6 +123,41 @@ def test_preempted_at_any_time(
     outputs = run(disturbed)
     assert told(outputs) == undisturbed
     assert sum(one.preemptions for one in outputs) > 10
+    assert_nothing_is_lost(disturbed)
+
+
+class Breaks(HostLogitsProcessor):
+    """At its 40th row."""
+
+    rows = 0
+
+    def process(self, state, tokens, logits):
+        self.rows += 1
+        if self.rows == 40:
+            raise RuntimeError("enough")
+
+
+def test_a_plugin_that_fails_ends_those_that_are_put_off(
+    runner: Callable[..., ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturbed, processor = runner(), Breaks()
+    reserve, resumed = Scheduler._reserve, StepLoop.resume
+    away: list[Any] = []
+
+    def disturb(self):
+        if processor.rows >= 30 and not away:
+            away.append(self._running.pop())
+            self._put_off(away[0])
+        return reserve(self)
+
+    def resume(self, live):
+        return False if processor.rows < 40 else resumed(self, live)
+
+    monkeypatch.setattr(Scheduler, "_reserve", disturb)
+    monkeypatch.setattr(StepLoop, "resume", resume)
+    outputs = disturbed.generate(PROMPTS[:3], DRAWS, logits_processor=[processor])["outputs"]
+    assert [output.finish_reason for output in outputs] == ["plugin_error"] * 3
+    assert sum(output.preemptions for output in outputs) == 1
     assert_nothing_is_lost(disturbed)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from trtllm_core.decoding.admitting import admit, put_off, take_up
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.committing import commit
 from trtllm_core.decoding.live import LiveRequest
@@ -72,7 +73,7 @@ class StepLoop:
             CapacityError: it could not run even alone.
             ConfigError, PluginError: its plan cannot be made, or a plugin refuses what it asks for.
         """
-        return self.branches.admit(request, self.cache, plan)
+        return admit(self.branches, request, self.cache, plan)
 
     @torch.inference_mode()
     def preempt(self, live: LiveRequest) -> None:
@@ -80,12 +81,12 @@ class StepLoop:
 
         What it had computed is left for reuse, where the policy keeps such things.
         """
-        self.branches.put_off(live, self.cache)
+        put_off(self.branches, live, self.cache)
 
     @torch.inference_mode()
     def resume(self, live: LiveRequest) -> bool:
         """Give a preempted request room again, if there is some: the next steps compute its text anew, and go on."""
-        return self.branches.take_up(live, self.cache)
+        return take_up(self.branches, live, self.cache)
 
     def reserve(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """Make room for what ``step`` is going to run.

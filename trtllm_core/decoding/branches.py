@@ -17,7 +17,7 @@ from trtllm_core.decoding.companion_prompts import check_prompts
 from trtllm_core.decoding.companions import Beside, Companions
 from trtllm_core.decoding.conditions import Conditions
 from trtllm_core.decoding.detokenizer import TextStream, TokenBytes
-from trtllm_core.decoding.gathering import Gathering, PromptScores
+from trtllm_core.decoding.gathering import Gathering
 from trtllm_core.decoding.hosting import Host, Samplers
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.pipeline import LogitsPipeline
@@ -106,79 +106,16 @@ class BranchTable:
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request, cache: KVCache, plan: Plan | None = None) -> LiveRequest | None:
-        """See ``StepLoop.admit``: slots and cache for all branches that it may have, or for none."""
-        others = self.pipeline.beside(request.sampling.preset)
-        if plan is None or not {item.key for item in others} <= {item.key for item in plan.processors}:
-            plan = self.plan(request, others)
-        count = plan.branching.max_branches
-        beside = [prompt for one in plan.companions for prompt in one.prompts]
-        if self.slots.free < count * (1 + len(beside)):
-            return None
-        slots = tuple(self.slots.take() for _ in range(count * (1 + len(beside))))
-        companions = dict(zip(slots[count:], beside * count, strict=True))
-        leading = {slots[0], *slots[count : count + len(beside)]}
-        admitted: list[int] = []
-        hits: list[int] = []
-        live = None
-        try:
-            sampling = request.sampling
-            for slot in slots:
-                # The first runs the prompt, and the others become copies of it: they need as much room, and no prompt.
-                own = companions.get(slot, request.prompt)
-                prompt = own if slot in leading else ()
-                new = len(own) - len(prompt) + sampling.max_new_tokens
-                admission = cache.admit(slot, prompt, new, request.reuse_key, sampling.cache_priority)
-                if admission is None:
-                    break
-                admitted.append(slot)
-                hits.append(admission.hit_length)
-            else:
-                context = self.slots.context
-                scores = PromptScores.of(request, context.vocab_size, context.vocab_size_padded)
-                most = min(len(request.prompt) + sampling.max_new_tokens, context.max_seq_len)
-                live = LiveRequest(request, plan, slots[:count], most, scores, hits[0], companions)
-                self._begin(live)
-        except BaseException:
-            self._give_back(slots, admitted, cache)
-            raise
-        if live is None:
-            self._give_back(slots, admitted, cache)
-        return live
-
-    def put_off(self, live: LiveRequest, cache: KVCache) -> None:
-        """See ``StepLoop.preempt``."""
-        live.put_off = True
-        live.preemptions += 1
-        cache.release(np.array(self._slots_of(live)), keep=True)
-
-    def take_up(self, live: LiveRequest, cache: KVCache) -> bool:
-        """See ``StepLoop.resume``: room for all of its branches, or for none."""
-        request, slots = live.request, self._slots_of(live)
-        first = live.running[0].slot
-        leading = {first, *self.companions.of.get(first, ())}
-        admitted: list[int] = []
-        try:
-            for slot in sorted(slots, key=lambda slot: slot not in leading):
-                # Of several branches one asks for what is still kept; the others compute what they have, or rest.
-                text = self.slots.history(slot) if slot in leading else []
-                new = len(live.companions.get(slot, request.prompt)) + request.sampling.max_new_tokens - len(text)
-                key, priority = request.reuse_key, request.sampling.cache_priority
-                if cache.admit(slot, text, new, key, priority) is None:
-                    break
-                admitted.append(slot)
-        finally:
-            if admitted and len(admitted) < len(slots):
-                cache.release(np.array(admitted))
-        live.put_off = len(admitted) < len(slots)
-        return not live.put_off
-
-    def _slots_of(self, live: LiveRequest) -> list[int]:
+    def slots_of(self, live: LiveRequest) -> list[int]:
         """The slots that a request still has, those of its companions included."""
         return [slot for slot in (*live.slots, *live.companions) if self.owners.get(slot) is live]
 
-    def _begin(self, live: LiveRequest) -> None:
-        """Everything that is kept by slot learns of the branches. A plugin that fails ends the request at once."""
+    def begin(self, live: LiveRequest) -> None:
+        """Everything that is kept by slot learns of the branches. A plugin that fails ends the request at once.
+
+        Raises:
+            ConfigError: a plugin refuses what the request asks of it. ``release`` its slots then.
+        """
         request, plan = live.request, live.plan
         end_ids = self.end_ids if request.sampling.end_id is None else request.sampling.end_id
         for number, slot in enumerate(live.slots):
@@ -199,10 +136,7 @@ class BranchTable:
             self.owners[slot] = live
             self.slots.begin(slot, prompt, 0)
             self.conditions.begin(slot, request)
-        beside = iter(live.companions)
-        for slot in live.slots if live.companions else ():
-            mine = [next(beside) for _ in range(len(live.companions) // len(live.slots))]
-            self.companions.begin(slot, mine, plan.companions)
+        self.companions.begin(live.slots, tuple(live.companions), plan.companions)
         first = live.unborn.pop(0)
         live.running.append(first)
         self.live[first.slot] = first
@@ -220,12 +154,6 @@ class BranchTable:
                 self.rules.begin(plan.criteria, view)
         except PluginError as error:
             live.error = error
-
-    def _give_back(self, slots: tuple[int, ...], admitted: list[int], cache: KVCache) -> None:
-        for slot in slots:
-            self.release(slot)
-        if admitted:
-            cache.release(np.array(admitted))
 
     def born(self, slots: list[int], cache: KVCache, beside: Beside | None = None) -> list[int]:
         """Prompts are through: the other branches of their requests begin, and share the prompt's cache.
@@ -276,7 +204,7 @@ class BranchTable:
             reason: why, where it ends around branches that have not ended.
             told: slots of branches whose end was told.
         """
-        self._left += [slot for slot in self._slots_of(live) if slot not in self._left]
+        self._left += [slot for slot in self.slots_of(live) if slot not in self._left]
         ranked, deltas = live.plan.ranked, []
         if live.over:  # in a step that failed afterwards
             return []

@@ -52,11 +52,13 @@ class Companions:
         """Whether there are any."""
         return bool(self.of)
 
-    def begin(self, slot: int, companions: Sequence[int], asked: Sequence[CompanionPrompts]) -> None:
-        """The branch in ``slot`` has ``companions``: the prompts of ``asked``, one after another."""
-        left = iter(companions)
-        self._by_plugin[slot] = {one.key: tuple(next(left) for _ in one.prompts) for one in asked}
-        self.of[slot] = tuple(companions)
+    def begin(self, branches: Sequence[int], companions: tuple[int, ...], asked: Sequence[CompanionPrompts]) -> None:
+        """Slots of a request: branch by branch, each has those of its ``companions`` that run the prompts ``asked``."""
+        each = len(companions) // len(branches)
+        for number, slot in enumerate(branches if asked else ()):
+            self.of[slot] = companions[number * each : (number + 1) * each]
+            left = iter(self.of[slot])
+            self._by_plugin[slot] = {one.key: tuple(next(left) for _ in one.prompts) for one in asked}
         self.here[list(companions)] = True
 
     def end(self, slot: int) -> None:

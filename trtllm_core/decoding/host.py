@@ -120,9 +120,6 @@ class HostProcessorAdapter(HostAdapter[HostLogitsProcessor], DeviceLogitsProcess
         super().setup(context)
         self._masks = MaskBuffer(context.vocab_size_padded, context.device)
 
-    def companions(self, view: BranchView) -> Sequence[Sequence[int]]:
-        return self.plugin.companions(view)
-
     def forced(self, slot: int) -> Sequence[int]:
         """Tokens that must come next in a slot, if they are known."""
         return self.plugin.forced(self._states[slot]) if slot in self._states else ()

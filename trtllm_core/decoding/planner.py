@@ -62,7 +62,9 @@ def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> f
         kv_rewind: tokens can leave the cache again. See ``Planner.follow``.
     """
     wanted = {"text": text, "multi_position": multi_position, "kv_rewind": kv_rewind}
-    return frozenset({"kv_fork", "sampler", "distribution"} | {name for name, there in wanted.items() if there})
+    return frozenset(
+        {"kv_fork", "companions", "sampler", "distribution"} | {name for name, there in wanted.items() if there}
+    )
 
 
 @dataclass
@@ -130,6 +132,9 @@ class Planner:
         asked = sampling.model_dump(mode="json", include=set(sampling.asked()), fallback=_kind)
         branching = branching_of(decoder, sampling, prompt, self.build)
         companions = companions_of(chosen, sampling, prompt)
+        if companions and "companions" not in self.offers:
+            names = listing(one.name for one in companions)
+            raise ConfigError(f"plugin {names} needs companions, which this session cannot give it")
         check_slots(branching.max_branches, companions, self.build)
         others, beside_it = [*chosen, *stops], frozenset(one.key for one in companions)
         positions, why = positions_of(branching, decoder, sampler, others, self.offers, self._rewindable, beside_it)

@@ -88,7 +88,8 @@ class LogitsBatch:
     each other: one more than it has drafts. None: each position is a branch."""
     companion_logits: torch.Tensor | None = None
     """float32 ``[m, vocab_size_padded]``: what the engine gave the step's companions, which no processor has changed.
-    Read-only. None for a processor that has no companions in this step."""
+    Read-only. None for a processor that has no companions in this step, as where none of its requests asks for a
+    token in it."""
     companions: torch.Tensor | None = None
     """int64 ``[n, c]``, with ``companion_logits``: for each position the rows of this processor's companions there, in
     the order of ``LogitsProcessor.companions``. -1 where a position has fewer, or is not active."""

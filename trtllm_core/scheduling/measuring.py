@@ -40,9 +40,11 @@ class Meter:
         if not self._wanted:
             return
         rows, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
-        beside = self._loop.branches.companions.here[rows]
-        self._companions = int(count[beside].sum())
-        rows, count = rows[~beside], count[~beside]
+        self._companions = 0
+        if companions := self._loop.branches.companions:
+            beside = companions.here[rows]
+            self._companions = int(count[beside].sum())
+            rows, count = rows[~beside], count[~beside]
         reading = self._loop.cache.cached[rows] < self._prompts[rows]
         self._rows = len(rows)
         self._tokens = int(count[reading].sum()), int(count[~reading].sum())

@@ -155,7 +155,9 @@ class Scheduler:
             if self._silent:
                 self._note_first_tokens()
             if self._loop.branches.slots.free > free:  # whoever ends gives slots back
-                for ticket in [each for each in self._running if each.live is not None and each.live.over]:
+                # A plugin that fails ends those that were put off, too.
+                both = (*self._running, *self._off)
+                for ticket in [each for each in both if each.live is not None and each.live.over]:
                     self._finish(ticket)
             turn.stats = self._meter.end(turn, self.waiting, self.active, self.paused)
         turn, self._turn = self._turn, Turn()

@@ -233,6 +233,9 @@ class LogitsProcessorConformance(SlotConformance[ProcessorRig]):
             active = [slot in rig.branches for slot in slots]
             result = rig.processed(slots, active=active)
             due = rig.answers(list(rig.branches))
+            alone = rig.processed(life.BYSTANDERS, active=[False] * len(life.BYSTANDERS))
+            same = torch.equal(alone, rig.rows[list(life.BYSTANDERS)])
+            require(same, "in a step of others alone, it changes rows of requests that did not ask for it")
             for slot, row, mine in zip(slots, result, active, strict=True):
                 if mine:
                     self.same_answers(rig, {slot: row}, due, "beside rows that did not ask for it")

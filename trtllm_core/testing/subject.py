@@ -133,7 +133,9 @@ class Subject:
             ConfigError: the plugin, or the rest of the plan, refuses the request.
         """
         needs = getattr(self.make(), "capabilities", None)
-        plan = Planner(self.plugins, frozenset({"text"}) | getattr(needs, "needs", frozenset())).plan(request)
+        plan = Planner(self.plugins, frozenset({"text", "companions"}) | getattr(needs, "needs", frozenset())).plan(
+            request
+        )
         return next(item for item in plan.items if item.name == self.name)
 
 

@@ -164,6 +164,7 @@ class GptDecoder:
         self._engine = GivenLogits(vocab_size, build, torch.device(device))
         session = Session.from_engine(self._engine)
         self._loop = GenerationSession(None, session, plugins=plugins, kv_cache=KVCacheConfig()).loop
+        self._loop.branches.planner.offers -= {"companions"}  # their logits nobody gives
         self._config: SamplingConfig | None = None
         self._live: list[LiveRequest] = []
 
