@@ -296,12 +296,11 @@ def test_put_off_at_any_time(policy, monkeypatch):
     assert count > 5
 
 
-def test_in_flight_and_under_a_budget_of_one_token():
-    """A branch and its companions run alone where they have more next tokens than a step may run."""
+def test_in_flight_and_under_the_smallest_budget():
     runner = made()
     given = prompts(8, 4)
     asks = [ASK.replace(logits_processors=use("guide"), return_dict=False), ASK.replace(return_dict=False)] * 2
-    with Executor(runner, ExecutorConfig(max_num_tokens=1)) as executor:
+    with Executor(runner, ExecutorConfig(max_num_tokens=BUILD.max_branches)) as executor:
         handles = [executor.submit(prompt, ask) for prompt, ask in zip(given, asks, strict=True)]
         gone = executor.submit(given[0], asks[0].replace(max_new_tokens=30))
         gone.cancel()

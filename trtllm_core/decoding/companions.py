@@ -88,15 +88,13 @@ class Companions:
         Args:
             running: the slots of branches, in order.
             wanted: int64 ``[slots]``: how many tokens of each slot are not in the cache yet.
-            budget: tokens that a step may run. Where one branch and its companions have more next tokens than that,
-                they run alone.
+            budget: tokens that a step may run: not less than there are slots.
         """
         groups = [(slot, *self.of.get(slot, ())) for slot in running]
         needs = [wanted[list(group)].tolist() for group in groups]
         slots: list[int] = []
         for i in (i for i, need in enumerate(needs) if max(need) == 1):
-            if not slots or len(slots) + len(groups[i]) <= budget:
-                slots += groups[i]
+            slots += (slot for slot, need in zip(groups[i], needs[i], strict=True) if need)
         slots.sort()  # neighbours may be neighbours in a linear cache
         counts = [1] * len(slots)
         left = budget - len(slots)
