@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -370,6 +372,25 @@ def test_leaving_its_block_drains_unless_an_exception_does(plugins: Plugins) -> 
     assert {one.result(0)[0].finish_reason for one in handles} >= {"cancelled"}
     with pytest.raises(ConfigError, match="streaming=False: ask for its result"):
         next(iter(handles[0]))
+
+
+def test_a_program_may_end_without_shutting_it_down() -> None:
+    script = """
+from trtllm_core import Executor, ModelRunner
+from trtllm_core.testing.markov import MarkovExecutable
+
+executor = Executor(ModelRunner.from_engine(MarkovExecutable()))
+handles = [executor.submit([5], max_new_tokens=100, end_id=()) for _ in range(200)]
+print(next(iter(handles[0])).tokens)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"({alone([5])[0]},)\n", "")
+
+
+def test_its_own_thread_cannot_wait_for_its_end(make: Make) -> None:
+    executor = make()
+    with pytest.raises(ConfigError, match="call shutdown from another one"):
+        executor.between_steps(executor.shutdown)
 
 
 def test_result_waits_no_longer_than_asked(make: Make) -> None:

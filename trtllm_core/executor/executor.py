@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import threading
 import time
@@ -80,6 +81,9 @@ class Executor:
         self._requests: deque[RequestStats] = deque(maxlen=self.config.request_stats_max_requests)
         self._worker = threading.Thread(target=self._work, name="trtllm-core executor", daemon=True)
         self._worker.start()
+        atexit.register(
+            self._stop, False, None
+        )  # a thread that is cut off within a step would take the process with it
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -276,15 +280,20 @@ class Executor:
         Raises:
             TimeoutError: some have not ended yet. They go on.
         """
+        self._stop(drain, timeout)
+        if self._worker.is_alive():
+            raise TimeoutError(f"the executor still has requests after {timeout} s; they go on")
+        atexit.unregister(self._stop)
+
+    def _stop(self, drain: bool, timeout: float | None) -> None:
         with self._lock:
             self._closing = True
             if not drain:
                 self._orders.append(self._cancel_all)
             self._called.notify()
-        if threading.current_thread() is not self._worker:
-            self._worker.join(timeout)
-            if self._worker.is_alive():
-                raise TimeoutError(f"the executor still has requests after {timeout} s; they go on")
+        if threading.current_thread() is self._worker:
+            raise ConfigError("the executor's own thread cannot wait for it to end: call shutdown from another one")
+        self._worker.join(timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -313,7 +322,7 @@ class Executor:
 
     def _work(self) -> None:
         device = self.generation.device
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:  # the current device is the thread's own
             torch.cuda.set_device(device)
         try:
             while self._next_orders():
