@@ -17,6 +17,7 @@ from trtllm_core.backends.linear import ops
 from trtllm_core.backends.linear.context import AttentionKind, LinearModule
 from trtllm_core.backends.linear.contract import cache_names
 from trtllm_core.backends.linear.ops import Dialect
+from trtllm_core.backends.linear.quantized import use_graph_products
 from trtllm_core.config import EngineConfig
 from trtllm_core.nn import RMSNorm
 
@@ -33,6 +34,8 @@ class GraphOptions:
     """The graph has the input ``cache_entries``, and attention looks at as many entries of the caches as that has."""
     weights_as_inputs: bool = False
     """Matrices are inputs of the graph, under the names of the module's parameters, and no part of it."""
+    accuracy_level: int = 0
+    """Of products with quantised weights: see ``quantized_linear``."""
 
 
 def export_module(
@@ -50,6 +53,7 @@ def export_module(
     for layer in module.modules():
         if isinstance(layer, RMSNorm):
             layer.kernel = _rms_norm(layer)
+    use_graph_products(module, options.accuracy_level)
     layers = config.model.num_layers
     example, shapes = _example(config), _dynamic_shapes(config)
     names = ["input_ids", "write_indices", "logit_indices", *cache_names(layers, "past")]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from packaging.version import Version
@@ -27,6 +27,9 @@ class OnnxRuntimeOptions(Config):
     """``BuildConfig.options``."""
 
     verify: bool = Field(default=False, description="hold the graph against the torch backend, and record the errors")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        default=4, description="of products with quantised weights: 4 rounds activations to int8, 1 computes in float32"
+    )
 
 
 class OnnxRuntimeBackend(Backend):
@@ -34,6 +37,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     contract = "padded_linear"
+    takes = frozenset({"quantization", "zero_points", "offsets"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""
@@ -63,9 +67,11 @@ class OnnxRuntimeBackend(Backend):
 
         options = _check_build(config)
         file = directory / f"rank{rank}.safetensors"
-        form = GraphOptions(dialect="onnx", attention="mask", bounded=True)
+        form = GraphOptions(dialect="onnx", attention="mask", bounded=True, accuracy_level=options.accuracy_level)
         path, _ = write_weights_and_graph(config, family, weights, file, form)
         record: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "onnx": version("onnx")}
+        if config.quantization is not None:
+            record["accuracy_level"] = options.accuracy_level
         if options.verify:
             record["verified"] = graph_errors(path, file, config, family)
         return BuiltRank(path, (file,), record)
@@ -139,4 +145,11 @@ def _check_build(config: EngineConfig) -> OnnxRuntimeOptions:
     check_limits(config, ("onnx", "onnxscript", "onnxruntime"), "pip install trtllm-core[onnxruntime]")
     if config.model.dtype == "bfloat16":
         raise ConfigError("ONNX Runtime has no bfloat16 on the CPU: build with dtype float32 or float16")
+    layers = {} if config.quantization is None else config.quantization.layers
+    for name, layer in layers.items():
+        if layer.group_size & (layer.group_size - 1):
+            raise ConfigError(
+                f"ONNX Runtime's quantised groups are powers of two, and {name!r} has one scale for all of its "
+                f"{layer.group_size} input features: take group_size 32, 64 or 128"
+            )
     return OnnxRuntimeOptions(**config.build.options)

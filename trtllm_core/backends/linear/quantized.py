@@ -1,0 +1,133 @@
+"""Quantised weights in exported graphs: what each product computes, and its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from trtllm_core.config import QuantizedLayer
+from trtllm_core.nn import Linear, VocabParallelEmbedding
+from trtllm_core.nn.linear import MatMul
+from trtllm_core.quantize import QuantizedWeight
+
+MICROSOFT = "com.microsoft"
+
+
+@torch.library.custom_op("trtllm_core::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    accuracy_level: int,
+) -> torch.Tensor:
+    """``x [..., in] -> [..., out]`` with a weight of ``trtllm_core.quantize``, symmetric or with zero points.
+
+    ``accuracy_level`` is what ONNX Runtime computes in: 1 float32, 4 int8 activations; 0 leaves it to it.
+    """
+    form = "symmetric" if zero_points is None else "zero_points"
+    how = QuantizedLayer(bits=bits, group_size=group_size, form=form)  # type: ignore[arg-type]
+    return functional.linear(x, QuantizedWeight(how, codes, scales, zero_points).dequantize().to(x.dtype))
+
+
+@quantized_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    accuracy_level: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def use_graph_products(module: nn.Module, accuracy_level: int) -> None:
+    """Have quantised layers traced as ``quantized_linear``, and quantised tables as what takes rows of codes."""
+    for layer in module.modules():
+        if isinstance(layer, Linear) and layer.quantized is not None:
+            layer.matmul = _product(layer, layer.quantized, accuracy_level)
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.lookup = _lookup(layer, layer.quantized)
+
+
+def _product(layer: Any, how: QuantizedLayer, accuracy_level: int) -> MatMul:
+    """Over the layer's own parameters, which tracing replaces."""
+
+    def product(x: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        zeros = layer.zero_points if how.form == "zero_points" else None
+        y: torch.Tensor = quantized_linear(x, codes, layer.scales, zeros, how.bits, how.group_size, accuracy_level)
+        if how.form == "offsets":
+            # Zero points of floating point make MatMulNBits slow. What is constant in a group meets the group's sum.
+            middle = 1 << (how.bits - 1)
+            sums = x.reshape(*x.shape[:-1], -1, how.group_size).sum(-1)
+            y = y + functional.linear(sums, layer.offsets + layer.scales * middle)
+        return y if bias is None else y + bias
+
+    return product
+
+
+def _lookup(layer: Any, how: QuantizedLayer) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def lookup(input_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        zeros = layer.zero_points if how.form == "zero_points" else None
+        offsets = layer.offsets if how.form == "offsets" else None
+        weight = QuantizedWeight(how, codes, layer.scales, zeros, offsets)
+        return weight.dequantize(input_ids).to(layer.scales.dtype)
+
+    return lookup
+
+
+def matmul_nbits() -> Callable[..., Any]:
+    """The translation for ONNX Runtime, which has a kernel that reads the codes."""
+    import onnxscript
+
+    _register_matmul_nbits()
+    microsoft: Any = onnxscript.values.Opset(MICROSOFT, 1)
+
+    def translate(
+        x: Any, codes: Any, scales: Any, zero_points: Any, bits: int, group_size: int, accuracy_level: int
+    ) -> Any:
+        out, groups = (int(size) for size in scales.shape)
+        given = (x, codes, scales) if zero_points is None else (x, codes, scales, zero_points)
+        return microsoft.MatMulNBits(
+            *given, K=groups * group_size, N=out, bits=bits, block_size=group_size, accuracy_level=accuracy_level
+        )
+
+    return translate
+
+
+def _register_matmul_nbits() -> None:
+    """Tell ONNX the schema, as far as graphs here use it."""
+    import onnx
+
+    if onnx.defs.has("MatMulNBits", MICROSOFT):
+        return
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    parameter, attribute = schema.FormalParameter, schema.Attribute
+    onnx.defs.register_schema(
+        schema(
+            "MatMulNBits",
+            MICROSOFT,
+            1,
+            inputs=[
+                parameter("A", "T1"),
+                parameter("B", "T2"),
+                parameter("scales", "T1"),
+                parameter("zero_points", "T2", param_option=optional),
+            ],
+            outputs=[parameter("Y", "T1")],
+            type_constraints=[("T1", ["tensor(float)", "tensor(float16)"], ""), ("T2", ["tensor(uint8)"], "")],
+            attributes=[
+                attribute(name, schema.AttrType.INT, required=False)
+                for name in ("K", "N", "bits", "block_size", "accuracy_level")
+            ],
+        )
+    )
