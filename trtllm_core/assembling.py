@@ -32,7 +32,8 @@ def make_loop(
     engine, config = session.engine, session.config
     ends = tokenizer.eos_ids if end_ids is None and tokenizer is not None else end_ids or ()
     token_bytes = None if tokenizer is None else TokenBytes.of(tokenizer)
-    offered = offers(token_bytes is not None, engine.capabilities.multi_position)
+    able = engine.capabilities
+    offered = offers(token_bytes is not None, able.multi_position, hidden_states=able.hidden_states)
     planner = Planner(plugins, offered, config.build)
     # All ranks go by the clock of the first.
     branches = BranchTable(

@@ -11,6 +11,7 @@ from trtllm_core.decoding.admitting import admit, put_off, take_up
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.committing import commit
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.looking import Looks
 from trtllm_core.decoding.plan import Plan, PlanItem
 from trtllm_core.decoding.positions import Positions, with_copies
 from trtllm_core.decoding.proposing import propose
@@ -47,6 +48,7 @@ class StepLoop:
         """Run on this cache from now on. Nothing may run while it changes."""
         build = self.session.config.build
         self.cache = cache
+        self.branches.host.looks = Looks(self.session, cache, self.branches.conditions)
         self._feed = Feed(build.max_branches, build.max_num_tokens, cache, self.branches)
 
     def check(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:

@@ -38,10 +38,10 @@ class Session:
         self._executable = executable
         self._specs = {spec.name: spec for spec in executable.tensors}
         self._inputs = frozenset(name for name, spec in self._specs.items() if spec.is_input)
-        self._outputs = self._specs.keys() - self._inputs
+        needed = {name for name, spec in self._specs.items() if not spec.optional}
+        self._needed, self._outputs = self._inputs & needed, needed - self._inputs
         self.debug: DebugBuffers | None = None
         """In debug mode, the tensors of the last run; see ``start_debug``."""
-        self._needed = frozenset(name for name in self._inputs if not self._specs[name].optional)
 
     @classmethod
     def from_serialized_engine(cls, engine: Serialized, *, plugins: Plugins | None = None, **options: Any) -> Session:
@@ -114,6 +114,8 @@ class Session:
             if spec.is_input:
                 continue
             missing = [part for part in spec.shape if isinstance(part, str) and part not in symbols]
+            if missing and spec.optional:
+                continue
             if missing:
                 raise BackendError(f"the shape of output {spec.name!r} needs the inputs that have {listing(missing)}")
             shape = tuple(symbols[part] if isinstance(part, str) else part for part in spec.shape)

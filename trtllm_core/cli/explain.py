@@ -30,7 +30,8 @@ def explain(
     from trtllm_core.plugin import Plugins
 
     config, plugins, request = read_config(engine), Plugins.load(), sampling.config()
-    plan = Planner(plugins, offers((engine / TOKENIZER).is_file()), config.build).plan(request)
+    offered = offers((engine / TOKENIZER).is_file(), hidden_states=config.contract == "packed_paged")
+    plan = Planner(plugins, offered, config.build).plan(request)
     facts = engine_facts(config, plugins, kv_policy)
     if as_json:
         print_json({"engine": facts, **plan_record(plan, request)})

@@ -67,7 +67,8 @@ class BranchTable:
         context, history = self.slots.context, self.slots.history
         self.pipeline = LogitsPipeline(context, build.max_branches, history, debug)
         self.samplers = Samplers(context)
-        self.choosers = Choosers(context, Host(self.pipeline, self.samplers, self.companions))
+        self.host = Host(self.pipeline, self.samplers, self.companions)
+        self.choosers = Choosers(context, self.host)
         self.rules = StoppingRules(context, history)
         self.stages: tuple[Stages[Any], ...] = (self.pipeline, self.samplers, self.choosers, self.rules)
         """The kinds of plugins at work."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 
 from trtllm_core.decoding.companions import Companions
+from trtllm_core.decoding.looking import Looks
 from trtllm_core.decoding.pipeline import LogitsPipeline
 from trtllm_core.decoding.stages import Stages
 from trtllm_core.decoding.verifying import checked_tokens
@@ -52,9 +53,16 @@ class Host:
         self._pipeline = pipeline
         self._samplers = samplers
         self._companions = companions
+        self.looks: Looks
+        """Set by the loop, which has the engine."""
+
+    def look(
+        self, source: Sequence[int | None], resting: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """See ``DecoderHost``, as what follows."""
+        return self.looks.run(source, resting, tokens)
 
     def process(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
-        """See ``DecoderHost``, as what follows."""
         if self._companions and any(slot in self._companions.of for slot in batch.slot.tolist()):
             raise PluginContractError(
                 "a decoder has logits processed that are no step's, for a request whose processor has companions: "

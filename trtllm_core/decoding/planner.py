@@ -53,15 +53,23 @@ SHOWN_LOGITS = (Sampler, Decoder, DeviceStoppingCriterion)
 """Kinds whose ``commit`` is shown the logits that tokens were chosen from, where they need them."""
 
 
-def offers(text: bool, multi_position: bool = True, kv_rewind: bool = True) -> frozenset[str]:
+def offers(
+    text: bool, multi_position: bool = True, kv_rewind: bool = True, hidden_states: bool = False
+) -> frozenset[str]:
     """What this loop can give a plugin that ``needs`` something.
 
     Args:
         text: the engine has a tokenizer.
         multi_position: the backend runs several positions of a row in one call.
         kv_rewind: tokens can leave the cache again. See ``Planner.follow``.
+        hidden_states: the backend gives them.
     """
-    wanted = {"text": text, "multi_position": multi_position, "kv_rewind": kv_rewind}
+    wanted = {
+        "text": text,
+        "multi_position": multi_position,
+        "kv_rewind": kv_rewind,
+        "hidden_states": hidden_states,
+    }
     return frozenset(
         {"kv_fork", "companions", "sampler", "distribution"} | {name for name, there in wanted.items() if there}
     )

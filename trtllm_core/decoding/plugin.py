@@ -33,6 +33,7 @@ def trtllm_register_decoders(registrar: DecoderRegistrar) -> None:
     registrar.add("multinomial", f"{_HERE}.samplers:Multinomial", consumes=("random_seed",))
     registrar.add("mirostat", f"{_HERE}.mirostat:Mirostat", consumes=("random_seed",))
     registrar.add("draft_model", f"{_HERE}.draft_model:DraftModel", consumes=("draft_acceptance_threshold",))
+    registrar.add("contrastive_search", f"{_HERE}.contrastive:ContrastiveSearch")
     registrar.add("ngram", f"{_HERE}.ngram:NGram", consumes=("num_return_sequences",))
     beams = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "random_seed")
     classic = ("beam_search_diversity_rate", "beam_width_array")

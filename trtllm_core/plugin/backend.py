@@ -49,6 +49,8 @@ class Capabilities:
     tree_masks: bool = False
     cuda_graphs: bool = False
     hidden_states: bool = False
+    """It gives final hidden states of any tokens that it runs: the input ``hidden_indices`` and the output
+    ``hidden_states``."""
     batch_invariant: bool = False
     """A row's logits do not depend on what else is in the batch, bit for bit."""
     kv: frozenset[str] = frozenset()
@@ -74,7 +76,7 @@ class TensorSpec:
     minimum: tuple[int, ...] = ()
     maximum: tuple[int, ...] = ()
     optional: bool = False
-    """An input that a call may leave out."""
+    """An input or output that a call may leave out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ class DecoderCapabilities:
     several positions of a branch at once."""
     graph_safe: bool = False
     needs: frozenset[str] = frozenset()
-    """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``hidden_states``, ``tree_mask``, and of what the decoder's
-    ``host`` can do for each of its requests: ``sampler`` (``host.sample``), ``distribution``
-    (``host.distribution``). With ``logits``, ``commit`` is shown what the tokens were chosen from."""
+    """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``tree_mask``, and of what the decoder's ``host`` can do for
+    each of its requests: ``sampler`` (``host.sample``), ``distribution`` (``host.distribution``), ``hidden_states``
+    (``host.look``). With ``logits``, ``commit`` is shown what the tokens were chosen from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +170,19 @@ class DecoderHost(Protocol):
 
     def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         """float32 ``[n, vocab_size_padded]``: the samplers' probabilities. ``logits`` stay as they are."""
+
+    def look(
+        self, source: Sequence[int | None], resting: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Final hidden states of tokens that are no text, or not yet: float32 ``[tokens in all, hidden_size]``.
+
+        ``tokens[i]`` run in slot ``resting[i]``, behind the text of the branch in slot ``source[i]``; None: behind
+        nothing, from the beginning. The resting slots are of the same request, each named once, and what runs there
+        changes no branch. Only in ``select``, where the cache holds all of the branches' text.
+
+        Raises:
+            OutOfBlocksError: the cache has no room for it.
+        """
 
 
 class Decoder(SlotPlugin):

@@ -60,11 +60,14 @@ class MarkovExecutable(Executable):
             dtypes=("float32",),
             multi_position=True,
             batch_invariant=True,
+            hidden_states=True,
             kv=frozenset({"window", "moves", "attention_scores"}),
         )
         self.tensors: tuple[TensorSpec, ...] = ()
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(vocab_size, vocab_size, generator=generator) * 3 if table is None else table
+        self.states = torch.randn(vocab_size, self.config.model.hidden_size, generator=generator)
+        """float32 ``[vocab_size, hidden_size]``: final hidden states, by what the logits depend on."""
         self.remembers = remembers
         self.calls = 0
         """How often it ran."""
@@ -121,6 +124,8 @@ class MarkovExecutable(Executable):
             if self._plan.scores:
                 self._looked.append(self._look(table, past, length))
             start += length
+        if "hidden_states" in outputs:
+            outputs["hidden_states"].copy_(self.states[last[inputs["hidden_indices"]].long()])
         outputs["logits"].copy_(self.table[last[inputs["logits_indices"]].long()])
 
     def _look(self, table: torch.Tensor, past: int, length: int) -> np.ndarray:

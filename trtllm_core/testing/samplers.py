@@ -63,7 +63,7 @@ class DecoderConformance(SearchChecks[SamplerRig]):
 
     kind = DECODER
     rig = SamplerRig
-    offers = offers(text=True) | {"logits"}
+    offers = offers(text=True, hidden_states=True) | {"logits"}
 
     def life(self, seed: int, chunk: int = 1, device: str = "cpu") -> Life[SamplerRig]:
         """See ``SlotConformance``."""

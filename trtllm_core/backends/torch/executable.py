@@ -63,7 +63,9 @@ def tensor_specs(config: EngineConfig) -> tuple[TensorSpec, ...]:
         TensorSpec("block_tables", "int32", ("rows", "blocks"), True, (1, 1), (rows, blocks)),
         vector("logits_indices", "int64", "asked", asked),
         *more,
+        replace(vector("hidden_indices", "int64", "wanted", tokens), optional=True),
         TensorSpec("logits", "float32", ("asked", config.vocab_size_padded), False),
+        TensorSpec("hidden_states", "float32", ("wanted", config.model.hidden_size), False, optional=True),
     )
 
 
@@ -73,6 +75,8 @@ class TorchExecutable(Executable):
     Inputs: ``input_ids`` and ``position_ids`` ``[tokens]``, the rows' tokens one after another; ``query_lengths`` and
     ``past_lengths`` ``[rows]``, tokens of this call and tokens cached before it; ``block_tables [rows, blocks]``;
     ``logits_indices [asked]``, the tokens whose logits are wanted. Output: ``logits [asked, vocab_size_padded]``.
+    The output ``hidden_states [wanted, hidden_size]``, where it is given, gets what logits are made of, for the tokens
+    ``hidden_indices [wanted]``.
     Engines built for adapters take ``lora_ids [rows]``, the index of each row's adapter, -1 for none. Engines built for
     prompt tables take ``virtual_embeddings [virtual, hidden_size]``, what stands in place of the embeddings of the
     tokens ``virtual_tokens [virtual]``, whose ids may be any of the vocabulary.
@@ -99,6 +103,7 @@ class TorchExecutable(Executable):
             dtypes=("float32", "bfloat16", "float16"),
             multi_position=True,
             cuda_graphs=cuda_graphs,
+            hidden_states=True,
             batch_invariant=batch_invariant,
             kv=_offered(module, batch_invariant or (parallel is not None and parallel.size > 1)),
             attention_window=_attention_window(module),
@@ -166,10 +171,11 @@ class TorchExecutable(Executable):
         """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors.
 
         With ``capabilities.cuda_graphs``, a step of one token a row replays a captured graph, unless it has adapters,
-        a prompt table, or a cache that is a ring or keeps scores.
+        a prompt table, or a cache that is a ring or keeps scores, or is asked for hidden states.
         """
         pool = self._require_pool()
-        if self._graphs is not None and not self.debugging and is_decode(inputs):
+        states = outputs.get("hidden_states")
+        if self._graphs is not None and not self.debugging and states is None and is_decode(inputs):
             self._replay(self._graphs, inputs, outputs["logits"])
             return
         if self.debugging and self._kept is None:
@@ -189,6 +195,8 @@ class TorchExecutable(Executable):
             self._kept["hidden"] = hidden
         if isinstance(context, PlainContext):
             self._scores = context.scores
+        if states is not None:
+            states.copy_(hidden[inputs["hidden_indices"].to(self.device, non_blocking=True)])
         asked = inputs["logits_indices"]
         if not is_all(asked, hidden.shape[0]):
             hidden = hidden[asked.to(self.device, non_blocking=True)]
