@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_core.cli.bench.scale import queue_costs
 from trtllm_core.cli.bench.serving import record, serve
 from trtllm_core.cli.bench.timing import gaps, percentile
 from trtllm_core.cli.bench.trace import Arrival, Trace, make_trace, parse_range, read_trace
@@ -75,6 +76,27 @@ def test_requests_come_when_the_trace_says(tiny_engine: Path) -> None:
     assert max(served.first) < 0.4  # counted from each one's own arrival
     again = serve(runner, Trace((Arrival(0, 5, 2),)))  # the runner is given back
     assert again.tokens == 2
+
+
+def test_scale(cli: Callable, tiny_engine: Path) -> None:
+    found = json.loads(
+        cli("bench", tiny_engine, "--mode", "scale", "--queue", "1,50", "--repeats", "1", "--json").stdout
+    )
+    assert [row["batch"] for row in found["batches"]] == [1, 4]  # as many as the engine takes
+    assert [row["waiting"] for row in found["queues"]] == [1, 50]
+    assert all(row["step_ms"] > 0 for row in (*found["batches"], *found["queues"]))
+    text = cli("bench", tiny_engine, "--mode", "scale", "--batch", "2", "--queue", "3", "--repeats", "1").stdout
+    for expected in ("a row, µs", "an arrival, µs", "4 sequences run, others wait"):
+        assert expected in text
+
+
+def test_a_queue_is_gone_after_it_was_measured(tiny_engine: Path) -> None:
+    runner = ModelRunner.from_dir(tiny_engine)
+    slots = runner.generation.loop.branches.slots
+    free = slots.free
+    queue_costs(runner, [5])
+    assert slots.free == free
+    assert runner.generate([[1, 2]], max_new_tokens=2, end_id=()).shape == (1, 1, 4)
 
 
 def test_a_trace_from_a_file(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
@@ -144,8 +166,8 @@ def test_a_picture(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mode", "speed"], "it is latency, prefill or throughput"),
-        (["--requests", "3"], "--requests need --mode throughput"),
+        (["--mode", "speed"], "it is one of latency, prefill, throughput, scale"),
+        (["--requests", "3"], "--mode latency does not take --requests"),
         (["--mode", "throughput", "--batch", "2"], "does not take --batch"),
         (["--mode", "throughput", "--peer", "transformers"], "does not take --peer"),
         (["--mode", "throughput", "--requests", "0"], "are above 0"),
@@ -153,7 +175,11 @@ def test_a_picture(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
         (["--mode", "throughput", "--prompts", "x"], "write a range as 32-512"),
         (["--mode", "throughput", "--trace", "x", "--rate", "3"], "leave --rate out"),
         (["--mode", "throughput", "--slots", "3"], "--slots is for random weights"),
-        (["--mode", "prefill", "--new-tokens", "3"], "decodes nothing"),
+        (["--mode", "prefill", "--new-tokens", "3"], "does not take --new-tokens"),
+        (["--mode", "scale", "--peer", "transformers"], "does not take --peer"),
+        (["--mode", "scale", "--plot", "x.png"], "does not take --plot"),
+        (["--queue", "3"], "--mode latency does not take --queue"),
+        (["--mode", "scale", "--queue", "0"], "at least 1"),
         (["--new-tokens", "1"], "at least 2"),
         (["--plot", "x.jpg"], "ends in .png"),
         (["--plot", "no/such/x.png"], "no directory no/such"),

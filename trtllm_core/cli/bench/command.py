@@ -6,108 +6,33 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from trtllm_core.cli.bench import report, serving
+from trtllm_core.cli.bench import report, scale, serving
 from trtllm_core.cli.bench.bandwidth import read_bandwidth
 from trtllm_core.cli.bench.footprint import Footprint, Job, forget_device_peak, measure, of_this_process
 from trtllm_core.cli.bench.limits import decode_limit
+from trtllm_core.cli.bench.options import MODES, TAKES, SubjectOptions, TraceOptions, WorkOptions
 from trtllm_core.cli.bench.peers import Peer, PeerSource, load_peer, peer_source
 from trtllm_core.cli.bench.plot import check_plot, plot_rows
 from trtllm_core.cli.bench.rows import Row, batch_speedup
 from trtllm_core.cli.bench.subject import Subject, subject_of
 from trtllm_core.cli.bench.timing import time_engine
-from trtllm_core.cli.bench.trace import Trace, make_trace, parse_range, read_trace
+from trtllm_core.cli.bench.trace import Trace
 from trtllm_core.cli.bench.workloads import Lengths, Workload
 from trtllm_core.cli.console import print_json, print_note, stderr
-from trtllm_core.cli.options import parse_sizes, takes
+from trtllm_core.cli.options import takes
 from trtllm_core.errors import ConfigError
 from trtllm_core.version import __version__
 
 if TYPE_CHECKING:
     from trtllm_core.runner import ModelRunner
 
-Mode = Literal["latency", "prefill", "throughput"]
 BUSY = 0.5
 """Of our threads: as much work of others spoils a measurement. Threads that wait for each other suffer most."""
-
-
-def _option(text: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
-
-
-@dataclass(frozen=True)
-class SubjectOptions:
-    """What is measured."""
-
-    shape: Annotated[
-        str | None, _option("Instead of ENGINE: random weights of a model such as llama-3-8b.", "What")
-    ] = None
-    dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
-    peer: Annotated[str | None, _option("Compare with it: transformers, llama.cpp.", "What")] = None
-    checkpoint: Annotated[Path | None, _option("The peer's weights (default: beside the engine).", "What")] = None
-
-
-@dataclass(frozen=True)
-class WorkOptions:
-    """Which work."""
-
-    batch: Annotated[str | None, _option("Batch sizes, such as 1,8,64 (default: 1,8; prefill: 1).", "Work")] = None
-    prompt_len: Annotated[str | None, _option("Prompts when decoding, such as 128,512 (default: 128).", "Work")] = None
-    new_tokens: Annotated[str | None, _option("Tokens to decode, such as 64,256 (default: 64).", "Work")] = None
-    prefill_len: Annotated[str | None, _option("Prompts when reading (default: 512).", "Work")] = None
-
-    def lengths(self, mode: Mode) -> Lengths:
-        """The grid of workloads."""
-        batches = None if self.batch is None else parse_sizes(self.batch, "--batch")
-        prompts = None if self.prompt_len is None else parse_sizes(self.prompt_len, "--prompt-len")
-        outputs = [64] if self.new_tokens is None else parse_sizes(self.new_tokens, "--new-tokens")
-        prefills = None if self.prefill_len is None else parse_sizes(self.prefill_len, "--prefill-len")
-        if min(outputs) < 2:
-            raise ConfigError("--new-tokens: decoding is what comes after the first token, so at least 2")
-        if mode == "prefill":
-            if self.prompt_len is not None or self.new_tokens is not None:
-                raise ConfigError("--mode prefill decodes nothing: it takes --batch and --prefill-len")
-            return Lengths(batches=(), prefills=prefills, prefill_batches=batches or (1,))
-        return Lengths(batches, prompts, outputs, prefills)
-
-
-@dataclass(frozen=True)
-class TraceOptions:
-    """Of ``--mode throughput``."""
-
-    requests: Annotated[int | None, _option("How many (default: 32).", "Throughput")] = None
-    prompts: Annotated[str | None, _option("Range of their prompts (default: 32-512).", "Throughput")] = None
-    outputs: Annotated[str | None, _option("Range of their new tokens (default: 64-256).", "Throughput")] = None
-    rate: Annotated[
-        float | None, _option("Requests a second, as they come at random (default: all at once).", "Throughput")
-    ] = None
-    trace: Annotated[Path | None, _option("Instead: a file of requests, one JSON object a line.", "Throughput")] = None
-    slots: Annotated[int | None, _option("Of random weights: sequences that run together.", "Throughput")] = None
-
-    def given(self) -> list[str]:
-        """Names of the options that were set."""
-        return ["--" + name for name, value in asdict(self).items() if value is not None]
-
-    def make(self) -> Trace:
-        """The requests.
-
-        Raises:
-            ConfigError: a file and a description of another trace; or a range or number that cannot be.
-        """
-        if self.trace is not None:
-            others = [name for name in self.given() if name not in ("--trace", "--slots")]
-            if others:
-                raise ConfigError(f"--trace says all of the requests: leave {', '.join(others)} out")
-            return read_trace(self.trace)
-        count = 32 if self.requests is None else self.requests
-        if count < 1 or (self.rate is not None and not self.rate > 0):
-            raise ConfigError("--requests and --rate are above 0")
-        prompts = parse_range(self.prompts or "32-512", "--prompts")
-        return make_trace(count, prompts, parse_range(self.outputs or "64-256", "--outputs"), self.rate)
 
 
 @takes(what=SubjectOptions, work=WorkOptions, served=TraceOptions)
@@ -119,7 +44,7 @@ def bench(
         Path | None, typer.Argument(metavar="[ENGINE]", help="An engine that `trtllm-core build` made.")
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="latency (a prompt, then decoding at each batch size), prefill or throughput.")
+        str, typer.Option(help="latency (a prompt, then decoding at each batch size), prefill, throughput or scale.")
     ] = "latency",
     repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's).", min=1)] = None,
@@ -131,7 +56,7 @@ def bench(
     """Measure prefill, decoding, serving and memory, side by side with a peer on the same weights and threads."""
     import torch
 
-    _check_mode(mode, served, work, what, plot)
+    _check(mode, [*work.given(), *served.given(), *what.given()], plot)
     if threads is not None:
         torch.set_num_threads(threads)
     run = _Run(repeats, threads, device, memory, _load_average())
@@ -142,6 +67,8 @@ def bench(
         if served.slots is not None and subject.engine:
             raise ConfigError("--slots is for random weights (--shape): an engine was built for its own")
         found = _throughput(run, subject, trace)
+    elif mode == "scale":
+        found = _scale(run, engine, what, work)
     else:
         lengths = work.lengths("prefill" if mode == "prefill" else "latency")
         subject = subject_of(engine, what.shape, what.dtype, lengths.limits())
@@ -152,6 +79,8 @@ def bench(
         print_json(found)
     elif mode == "throughput":
         report.print_throughput(found)
+    elif mode == "scale":
+        report.print_scale(found)
     else:
         report.print_latency(found)
 
@@ -243,18 +172,32 @@ def _throughput(run: _Run, subject: Subject, trace: Trace) -> dict[str, Any]:
     return {**run.about(subject, runner), "slots": slots, **serving.record(trace, runs)}
 
 
-def _check_mode(mode: str, served: TraceOptions, work: WorkOptions, what: SubjectOptions, plot: Path | None) -> None:
-    """Refuse options that the mode would not honour."""
-    if mode not in ("latency", "prefill", "throughput"):
-        raise ConfigError(f"--mode {mode}: it is latency, prefill or throughput")
-    if mode != "throughput":
-        if given := served.given():
-            raise ConfigError(f"{', '.join(given)} need --mode throughput")
-    else:
-        given = ["--" + name.replace("_", "-") for name, value in asdict(work).items() if value is not None]
-        given += [name for name, value in (("--peer", what.peer), ("--plot", plot)) if value is not None]
-        if given:
-            raise ConfigError(f"--mode throughput does not take {', '.join(given)}")
+def _scale(run: _Run, engine: Path | None, what: SubjectOptions, work: WorkOptions) -> dict[str, Any]:
+    batches, queues = work.scale(None)
+    subject = subject_of(engine, what.shape, what.dtype, scale.limits(batches))
+    batches, queues = work.scale(subject.config().build.max_batch_size)
+    run.warn()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:
+        bar.add_task("scale")
+        runner = subject.load(run.device)
+        steps = scale.step_costs(runner, batches, run.repeats)
+        queue = scale.queue_costs(runner, queues)
+    return {
+        **run.about(subject, runner),
+        "slots": runner.config.build.max_batch_size,
+        "batches": steps,
+        "queues": queue,
+    }
+
+
+def _check(mode: str, given: list[str], plot: Path | None) -> None:
+    """Refuse a mode that is none, options that it would not honour, and pictures that could not be drawn."""
+    if mode not in MODES:
+        raise ConfigError(f"--mode {mode}: it is one of {', '.join(MODES)}")
+    if plot is not None:
+        given = [*given, "--plot"]
+    if wrong := [name for name in given if name not in TAKES[mode]]:
+        raise ConfigError(f"--mode {mode} does not take {', '.join(wrong)}")
     if plot is not None:
         check_plot(plot)
 

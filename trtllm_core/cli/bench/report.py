@@ -51,6 +51,14 @@ def print_throughput(found: dict[str, Any]) -> None:
     )
 
 
+def print_scale(found: dict[str, Any]) -> None:
+    """A step by its batch, and by the queue behind it."""
+    rows = [[str(one["batch"]), f"{one['step_ms']:.3f}", f"{one['us_per_row']:.1f}"] for one in found["batches"]]
+    print_table(["batch", "a step, ms", "a row, µs"], rows, f"{_title(found)}, medians of {found['repeats']}")
+    rows = [[str(one["waiting"]), f"{one['step_ms']:.3f}", f"{one['arrival_us']:.1f}"] for one in found["queues"]]
+    print_table(["waiting", "a step, ms", "an arrival, µs"], rows, f"{found['slots']} sequences run, others wait")
+
+
 def _title(found: dict[str, Any]) -> str:
     return f"{found['name']}: {found['dtype']} on {found['device']}, {found['threads']} threads"
 
