@@ -78,6 +78,24 @@ def test_requests_come_when_the_trace_says(tiny_engine: Path) -> None:
     assert again.tokens == 2
 
 
+def test_throughput_beside_continuous_batching(cli: Callable, tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    asked = ("--requests", "3", "--prompts", "3-9", "--outputs", "2-5", "--threads", "1")
+    peer = ("--peer", "transformers", "--checkpoint", tiny_checkpoint)
+    found = json.loads(cli("bench", tiny_engine, *THROUGHPUT, *asked, *peer, "--json").stdout)
+    theirs = found["peer_record"]
+    assert found["peer"].startswith("transformers ")
+    assert found["ratio"] == pytest.approx(found["output_tokens_per_s"] / theirs["output_tokens_per_s"])
+    assert theirs["first_token_p99_ms"] >= theirs["first_token_p50_ms"] > 0
+    assert theirs["between_p50_ms"] > 0
+
+
+def test_llama_cpp_serves_no_trace(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").touch()
+    peer = ("--peer", "llama.cpp", "--checkpoint", tmp_path / "x.gguf")
+    error = cli("bench", tiny_engine, *THROUGHPUT, *peer, status=2).stderr
+    assert "serves no trace here" in " ".join(error.split())
+
+
 def test_scale(cli: Callable, tiny_engine: Path) -> None:
     found = json.loads(
         cli("bench", tiny_engine, "--mode", "scale", "--queue", "1,50", "--repeats", "1", "--json").stdout
@@ -169,7 +187,7 @@ def test_a_picture(cli: Callable, tiny_engine: Path, tmp_path: Path) -> None:
         (["--mode", "speed"], "it is one of latency, prefill, throughput, scale"),
         (["--requests", "3"], "--mode latency does not take --requests"),
         (["--mode", "throughput", "--batch", "2"], "does not take --batch"),
-        (["--mode", "throughput", "--peer", "transformers"], "does not take --peer"),
+        (["--mode", "throughput", "--plot", "x.png"], "does not take --plot"),
         (["--mode", "throughput", "--requests", "0"], "are above 0"),
         (["--mode", "throughput", "--prompts", "9-3"], "its end is not before its start"),
         (["--mode", "throughput", "--prompts", "x"], "write a range as 32-512"),

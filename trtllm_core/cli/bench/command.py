@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from trtllm_core.cli.bench import report, scale, serving
 from trtllm_core.cli.bench.bandwidth import read_bandwidth
+from trtllm_core.cli.bench.continuous import ContinuousPeer
 from trtllm_core.cli.bench.footprint import Footprint, Job, forget_device_peak, measure, of_this_process
 from trtllm_core.cli.bench.limits import decode_limit
 from trtllm_core.cli.bench.options import MODES, TAKES, SubjectOptions, TraceOptions, WorkOptions
@@ -66,7 +68,7 @@ def bench(
         subject = subject_of(engine, what.shape, what.dtype, trace.limits(slots))
         if served.slots is not None and subject.engine:
             raise ConfigError("--slots is for random weights (--shape): an engine was built for its own")
-        found = _throughput(run, subject, trace)
+        found = _throughput(run, subject, trace, what.peer, what.checkpoint)
     elif mode == "scale":
         found = _scale(run, engine, what, work)
     else:
@@ -161,15 +163,33 @@ def _latency(
     }
 
 
-def _throughput(run: _Run, subject: Subject, trace: Trace) -> dict[str, Any]:
-    subject.config()  # what cannot be is refused first
+def _throughput(run: _Run, subject: Subject, trace: Trace, peer: str | None, checkpoint: Path | None) -> dict[str, Any]:
+    config = subject.config()
+    source = None if peer is None else peer_source(peer, checkpoint, subject, config, run.device)
+    if source is not None and source.name != "transformers":
+        raise ConfigError(f"the peer {source.name} serves no trace here: --mode throughput takes --peer transformers")
     run.warn()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:
+    ours: list[serving.Served] = []
+    theirs: list[serving.Served] = []
+    slots = config.build.max_batch_size
+    with (
+        Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar,
+        ExitStack() as stack,
+    ):
         bar.add_task("serving")
         runner = subject.load(run.device)
-        runs = [serving.serve(runner, trace) for _ in range(run.repeats + 1)][1:]
-    slots = runner.config.build.max_batch_size
-    return {**run.about(subject, runner), "slots": slots, **serving.record(trace, runs)}
+        other = None if source is None else ContinuousPeer(source, run.device, trace, slots)
+        if other is not None:
+            stack.callback(other.close)
+        for _ in range(run.repeats + 1):
+            ours.append(serving.serve(runner, trace))
+            if other is not None:
+                theirs.append(other.serve(trace))
+    found = {**run.about(subject, runner), "slots": slots, "peer": None, **serving.record(trace, ours[1:])}
+    if other is not None:
+        found |= {"peer": other.name, "peer_record": serving.record(trace, theirs[1:])}
+        found["ratio"] = found["output_tokens_per_s"] / found["peer_record"]["output_tokens_per_s"]
+    return found
 
 
 def _scale(run: _Run, engine: Path | None, what: SubjectOptions, work: WorkOptions) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MODES: tuple[Mode, ...] = ("latency", "prefill", "throughput", "scale")
 TAKES = {
     "latency": {"--batch", "--prompt-len", "--new-tokens", "--prefill-len", "--peer", "--checkpoint", "--plot"},
     "prefill": {"--batch", "--prefill-len", "--peer", "--checkpoint", "--plot"},
-    "throughput": {"--requests", "--prompts", "--outputs", "--rate", "--trace", "--slots"},
+    "throughput": {"--requests", "--prompts", "--outputs", "--rate", "--trace", "--slots", "--peer", "--checkpoint"},
     "scale": {"--batch", "--queue"},
 }
 """By mode, the options that it honours beside those that all of them do."""

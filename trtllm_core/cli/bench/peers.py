@@ -58,22 +58,22 @@ class TransformersPeer:
         self.name = f"transformers {transformers.__version__}"
         self._device = torch.device(device)
         dtype = getattr(torch, source.dtype)
-        self._model: Any = _random_model(source.shape, dtype, device) if source.shape else _load_model(source, dtype)
-        self._model.eval().to(self._device)
+        self.model: Any = _random_model(source.shape, dtype, device) if source.shape else _load_model(source, dtype)
+        self.model.eval().to(self._device)
         # A peer that stopped early would look fast: no token ends its text.
-        self._model.generation_config.eos_token_id = None
+        self.model.generation_config.eos_token_id = None
         self._options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
 
     def time(self, work: Workload) -> Timing:
         """One run, whose tokens are timed where ``generate`` asks whether to stop."""
         import torch
 
-        ids = torch.tensor(work.prompts(self._model.config.vocab_size), device=self._device)
+        ids = torch.tensor(work.prompts(self.model.config.vocab_size), device=self._device)
         mask, clock = torch.ones_like(ids), _Clock(self._device)
         with torch.inference_mode():
             synchronize(self._device)
             start = time.perf_counter()
-            out = self._model.generate(
+            out = self.model.generate(
                 ids, attention_mask=mask, max_new_tokens=work.new_tokens, stopping_criteria=[clock], **self._options
             )
             synchronize(self._device)

@@ -36,19 +36,21 @@ def print_throughput(found: dict[str, Any]) -> None:
     """What a trace of requests came to."""
     over = "all at once" if not found["arrivals_over_s"] else f"over {found['arrivals_over_s']:.1f} s"
     prompts, new = found["prompt_tokens"], found["new_tokens"]
-    print_facts(
-        [
-            ("measured", f"{_title(found)}, medians of {found['repeats']}"),
-            ("requests", f"{found['requests']} {over}: {prompts} prompt tokens, {new} new ones"),
-            (
-                "slots",
-                f"{found['slots']}, of which a step ran {found['rows_per_step']:.1f}; {found['steps']:.0f} steps",
-            ),
-            ("output", f"{found['output_tokens_per_s']:.1f} tokens/s, {found['requests_per_s']:.2f} requests/s"),
-            ("first token", f"p50 {_ms(found['first_token_p50_ms'])}, p99 {_ms(found['first_token_p99_ms'])}"),
-            ("between tokens", f"p50 {_ms(found['between_p50_ms'])}, p99 {_ms(found['between_p99_ms'])}"),
+    sides = [("", found), *([(f", {found['peer'].split(' ')[0]}", found["peer_record"])] if found["peer"] else [])]
+    lines = [
+        ("measured", f"{_title(found)}, medians of {found['repeats']}"),
+        ("requests", f"{found['requests']} {over}: {prompts} prompt tokens, {new} new ones"),
+        ("slots", f"{found['slots']}, of which a step ran {found['rows_per_step']:.1f}; {found['steps']:.0f} steps"),
+    ]
+    for name, one in sides:
+        lines += [
+            (f"output{name}", f"{one['output_tokens_per_s']:.1f} tokens/s, {one['requests_per_s']:.2f} requests/s"),
+            (f"first token{name}", f"p50 {_ms(one['first_token_p50_ms'])}, p99 {_ms(one['first_token_p99_ms'])}"),
+            (f"between tokens{name}", f"p50 {_ms(one['between_p50_ms'])}, p99 {_ms(one['between_p99_ms'])}"),
         ]
-    )
+    if found["peer"]:
+        lines.append(("ratio", f"{found['ratio']:.2f} times the output of {found['peer']}"))
+    print_facts(lines)
 
 
 def print_scale(found: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ class Served:
     """Seconds between a request's tokens, of all requests."""
     tokens: int
     """Generated, of all requests."""
-    steps: int
-    rows: float
+    steps: int = 0
+    """0 where nobody counted."""
+    rows: float = 0.0
     """Requests that a step ran, on average."""
 
 
