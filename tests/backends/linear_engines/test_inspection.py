@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from trtllm_core.backends.tensorrt import diagnosing
+from trtllm_core.backends.tensorrt import backend, diagnosing
 from trtllm_core.backends.tensorrt.diagnosing import capability_problem, diagnose
 from trtllm_core.backends.tensorrt.inspecting import inspect_plan
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
 from trtllm_core.backends.tensorrt.profiles import profile_shapes
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.config import EngineConfig
+from trtllm_core.errors import EngineUnsupportedError
+from trtllm_core.plugin import Plugins
 from trtllm_core.testing import tensorrt_double as double
 from trtllm_core.testing.host_cuda import HostCuda
 
@@ -60,6 +63,29 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(diagnosing, "load_library", lambda module: double)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_the_module_does_not_support(
+    make_graph: MakeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the plan is read. On another the plan is read, and one that is cut is refused."""
+    graph = make_graph("lower_right", "float32")
+    path = tmp_path / "rank0.engine"
+    path.write_bytes(double.serialise(graph.path, [])[:-9])
+    config = graph.config.replace(record={"module": "tensorrt_rtx", "version": double.__version__})
+    family = Plugins.load().model_families.get("llama").load()()
+    rtx = SimpleNamespace(**vars(double) | {"__name__": "tensorrt_rtx"})
+    monkeypatch.setattr(backend, "load_library", lambda module: rtx)
+    monkeypatch.setattr(backend, "cuda_of", lambda device: HostCuda())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.raises(
+        EngineUnsupportedError, match="cannot run here: tensorrt_rtx does not support .* 9.0; build for"
+    ):
+        backend.TensorRTBackend().load(path, config, family)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    with pytest.raises(EngineUnsupportedError, match="tensorrt_rtx 11.1.0 cannot run this engine .* truncated"):
+        backend.TensorRTBackend().load(path, config, family)
 
 
 @pytest.mark.usefixtures("gpu")

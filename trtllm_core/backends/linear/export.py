@@ -102,7 +102,10 @@ def _rms_norm(layer: RMSNorm) -> Any:
 
 
 def _example(config: EngineConfig) -> dict[str, Any]:
-    """Inputs for tracing. No size is 1, nor equal to another's, which would tie the two."""
+    """Inputs for tracing. No size is 1, nor equal to another's, which would tie the two.
+
+    Only their shapes matter: nothing is written to the caches, which for a large model would take a gigabyte.
+    """
     model, build = config.model, config.build
     shape = (2, model.num_kv_heads, build.max_seq_len, model.head_size)
     dtype = getattr(torch, config.model.dtype)
@@ -110,7 +113,7 @@ def _example(config: EngineConfig) -> dict[str, Any]:
         "input_ids": torch.zeros(2, 5, dtype=torch.int64),
         "write_indices": torch.zeros(2, dtype=torch.int64),
         "logit_indices": torch.zeros(2, 3, dtype=torch.int64),
-        "past": [torch.zeros(shape, dtype=dtype) for _ in range(2 * model.num_layers)],
+        "past": [torch.empty(shape, dtype=dtype) for _ in range(2 * model.num_layers)],
         "cache_entries": torch.arange(7),
     }
 

@@ -115,7 +115,7 @@ class CoreCuda(TorchCuda):
 
     def allocate(self, size: int) -> DeviceBlock:
         """See ``Cuda``."""
-        buffer = self._place.allocate(size)
+        buffer = self._place.allocate(size, stream=self._place.default_stream)
         self._place.sync()  # it was allocated in the order of another stream than those that will use it
         return DeviceBlock(int(buffer.handle), size, buffer)
 
