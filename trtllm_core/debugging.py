@@ -47,7 +47,10 @@ class DebugBuffers:
         Returns:
             The files.
         """
-        place = Path(folder or self.folder or FOLDER) / f"rank{self.rank}"
+        return self.write(Path(folder or self.folder or FOLDER) / f"rank{self.rank}", step)
+
+    def write(self, place: Path, step: int) -> list[Path]:
+        """As ``dump``, into this very folder."""
         place.mkdir(parents=True, exist_ok=True)
         files = []
         for name, tensor in self.tensors.items():

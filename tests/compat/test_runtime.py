@@ -511,8 +511,23 @@ def test_what_is_gone_says_what_stands_in_its_place():
         session().handle_per_step()
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         session().nonsense()
-    with pytest.raises(ConfigError, match="debug_tensors_to_save is not honoured"):
-        GenerationSession(None, Session.from_engine(MarkovExecutable()), None, True, ["logits"])
+    with pytest.raises(ConfigError, match="without debug_mode"):
+        session().dump_debug_buffers(0)
+
+
+def test_dump_debug_buffers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = GenerationSession(None, Session.from_engine(MarkovExecutable()), None, True, ["logits"])
+    s.setup(1, 2, 4)
+    s.decode(
+        torch.tensor([[3, 4]], dtype=torch.int32),
+        torch.tensor([2], dtype=torch.int32),
+        SamplingConfig(96, 0, max_new_tokens=4),
+    )
+    assert list(s.debug_buffer) == ["logits"]
+    s.dump_debug_buffers(5)
+    (path,) = tmp_path.rglob("*.npy")
+    assert str(path.relative_to(tmp_path)) == "tllm_debug/PP_0/TP_0/logits-step5.npy"
 
 
 def model_config(**changes):

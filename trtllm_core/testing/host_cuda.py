@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
@@ -54,14 +52,20 @@ class HostCuda:
     def __init__(self) -> None:
         self.launches = 0
         """Of captured graphs."""
+        self._current = 0
 
     def current(self) -> int:
-        """The default stream."""
-        return 0
+        """The default stream, outside of ``on``."""
+        return self._current
 
-    def on(self, stream: int) -> AbstractContextManager[Any]:
-        """There is one only."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        """See ``Cuda``."""
+        before, self._current = self._current, stream
+        try:
+            yield
+        finally:
+            self._current = before
 
     def allocate(self, size: int) -> DeviceBlock:
         """Host memory, aligned to 256 bytes."""

@@ -201,7 +201,12 @@ def test_pointers_are_run_as_tensors_are(graph: Graph) -> None:
     def at(tensor: torch.Tensor) -> Pointer:
         return Pointer(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
 
+    runtime = session.engine.runtime  # type: ignore[attr-defined]
+    streams = []
+    enqueue = runtime.run
+    runtime.run = lambda *args: (streams.append((args[2], runtime.cuda.current())), enqueue(*args))
     session.run({name: at(one) for name, one in inputs.items()}, {"logits": at(found)}, 5)
+    assert streams == [(5, 5)]  # inputs were copied on the stream that the engine runs on
     assert torch.equal(found, outputs["logits"])
     half = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
     assert torch.equal(at(half).tensor(torch.device("cpu")), half)

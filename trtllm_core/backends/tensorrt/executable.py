@@ -29,6 +29,12 @@ class TensorRTExecutable(LinearExecutable):
         self._weights = dict(weights or {})
         """Inputs that are weights: engines of one shape may share them."""
 
+    def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
+        """See ``LinearExecutable``. Inputs are copied to the GPU on the run's own stream, 0 being PyTorch's current."""
+        stream = stream or self.runtime.cuda.current()
+        with self.runtime.cuda.on(stream):
+            super().execute(inputs, outputs, stream)
+
     def launch(
         self,
         inputs: Mapping[str, torch.Tensor],
@@ -39,7 +45,7 @@ class TensorRTExecutable(LinearExecutable):
     ) -> None:
         """See ``LinearExecutable``."""
         feed = {**self._weights, **inputs, **dict(zip(self.past, caches, strict=True))}
-        self.runtime.run(feed, {"logits": logits}, stream or self.runtime.current_stream(), not self.debugging)
+        self.runtime.run(feed, {"logits": logits}, stream, not self.debugging)
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""

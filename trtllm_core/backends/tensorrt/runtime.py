@@ -49,7 +49,7 @@ class TensorRTRuntime:
         cuda_graph: bool = False,
         weight_streaming_budget: int | None = None,
     ) -> None:
-        self._trt, self._cuda = trt, cuda
+        self._trt, self.cuda = trt, cuda
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._deserialise(plan)
@@ -161,10 +161,6 @@ class TensorRTRuntime:
         if missing:
             raise ConfigError(f"the engine cannot infer its shapes: {', '.join(missing)} are not set")
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
-
-    def current_stream(self) -> int:
-        """The stream that PyTorch works on now, whose tensors these are."""
-        return self._cuda.current()
 
     @property
     def library(self) -> str:

@@ -52,7 +52,7 @@ __all__ = [
 _LOOP = "the loop is trtllm_core.loop.StepLoop, which plugins change"
 GONE = {
     **dict.fromkeys(("handle_per_step", "finalize_decoder", "decode_regular", "early_stop_criteria"), _LOOP),
-    **dict.fromkeys(("dump_debug_buffers", "debug_buffer", "buffer", "profiler", "engine_inspector"), _LOOP),
+    **dict.fromkeys(("buffer", "profiler", "engine_inspector"), _LOOP),
     **dict.fromkeys(
         (
             "find_best_medusa_path",
@@ -76,7 +76,8 @@ class GenerationSession(EngineProperties):
         model_config: what the engine is, which is held against it; None asks for nothing.
         engine_buffer: a rank's file by path, its bytes or a mapping of it, or a ``Session``.
         mapping: this rank's place.
-        debug_mode: checks shapes, dtypes and NaN after every plugin. Nothing is dumped.
+        debug_mode: checks shapes, dtypes and NaN after every plugin, and keeps the tensors of the engine's last run.
+        debug_tensors_to_save: which of them; None: all.
         cuda_graph_mode: a wish that changes no token: the backend decides.
         stream: kept as an attribute.
     """
@@ -92,14 +93,15 @@ class GenerationSession(EngineProperties):
         stream: Any = None,
         **core: Any,
     ) -> None:
-        refuse("GenerationSession", debug_tensors_to_save=debug_tensors_to_save)
         place = core_mapping(mapping) or CoreMapping()
         plugins = core.pop("plugins", None) or Plugins.load()
         if not isinstance(engine_buffer, Session):
             source = Path(engine_buffer) if isinstance(engine_buffer, str) else engine_buffer
             options = load_options(config_of(source, plugins), place)
             engine_buffer = Session.from_serialized_engine(source, plugins=plugins, **options)
-        self.core = CoreGenerationSession(None, engine_buffer, place, debug_mode, plugins=plugins, **core)
+        self.core = CoreGenerationSession(
+            None, engine_buffer, place, debug_mode, debug_tensors_to_save, plugins=plugins, **core
+        )
         self.session = self.core.session
         self.mapping = place
         self.cuda_graph_mode = cuda_graph_mode
@@ -108,6 +110,22 @@ class GenerationSession(EngineProperties):
             check_model_config(model_config, self)
         self._shape: tuple[int, int, int, int] | None = None
         self._lora_uids: Sequence[str] | None = None
+
+    @property
+    def debug_buffer(self) -> dict[str, torch.Tensor]:
+        """In debug mode, the tensors of the engine's last run, by name, on the CPU."""
+        return {} if self.session.debug is None else self.session.debug.tensors
+
+    def dump_debug_buffers(self, step: int) -> None:
+        """Write them as ``tllm_debug/PP_{rank}/TP_{rank}/{name}-step{step}.npy``.
+
+        Raises:
+            ConfigError: the session is not in debug mode.
+        """
+        if self.session.debug is None:
+            raise ConfigError("dump_debug_buffers: the session was made without debug_mode")
+        place = Path("tllm_debug") / f"PP_{self.mapping.pp_rank}" / f"TP_{self.mapping.tp_rank}"
+        self.session.debug.write(place, step)
 
     def setup(
         self,
