@@ -123,7 +123,9 @@ class Companions:
         """
         beside = self.here[list(slots)]
         position = beside if drafts is None else np.repeat(beside, drafts + 1)
-        own, others = (torch.from_numpy(np.flatnonzero(flag)).to(self._device) for flag in (~position, position))
+        own, others = (
+            torch.from_numpy(np.flatnonzero(flag)).to(self._device, non_blocking=True) for flag in (~position, position)
+        )
         companions = [slot for slot, flag in zip(slots, beside, strict=True) if flag]
         mine = [slot for slot, flag in zip(slots, beside, strict=True) if not flag]
         rows = {slot: row for row, slot in enumerate(companions)}
