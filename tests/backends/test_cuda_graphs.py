@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_core.backends.torch.batch import is_decode
+from trtllm_core.backends.torch.batch import is_decode, is_prompt
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.errors import EngineUnsupportedError
 from trtllm_core.plugin.kv_policy import KVModel, KVPlan
@@ -58,6 +58,29 @@ def test_what_a_graph_runs() -> None:
     assert not is_decode(step([3, 4], lora_ids=torch.tensor([-1, 0], dtype=torch.int32)))
     assert is_decode(step([3, 4], lora_ids=torch.tensor([-1, -1], dtype=torch.int32)))
     assert not is_decode(step([3], virtual_tokens=torch.tensor([0])))
+
+
+def prompt(length: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of one prompt, whose last token is asked for."""
+    return {
+        **step([0]),
+        "input_ids": torch.randint(0, 60, (length,)),
+        "position_ids": torch.arange(length),
+        "query_lengths": torch.tensor([length], dtype=torch.int32),
+        "logits_indices": torch.tensor([length - 1]),
+        **more,
+    }
+
+
+def test_what_a_graph_of_prompts_runs() -> None:
+    assert is_prompt(prompt(9), 32)
+    assert not is_prompt(prompt(33), 32)
+    assert not is_prompt(step([0]), 32), "one token is a step of decoding"
+    assert not is_prompt(step([0, 0]), 32)
+    assert not is_prompt(prompt(9, past_lengths=torch.tensor([4], dtype=torch.int32)), 32)
+    assert not is_prompt(prompt(9, logits_indices=torch.tensor([7])), 32)
+    assert not is_prompt(prompt(9, logits_indices=torch.tensor([7, 8])), 32)
+    assert not is_prompt(prompt(9, lora_ids=torch.tensor([0], dtype=torch.int32)), 32)
 
 
 def test_graphs_are_refused_where_there_are_none(load: Callable[..., Session]) -> None:
@@ -139,7 +162,7 @@ def test_a_graph_gives_what_the_eager_road_gives(
             atol=tolerance,  # type: ignore[union-attr]
         )
     assert ours._graphs is not None
-    assert ours._graphs.captured == 4  # for 1, 2, 4 and 8 rows
+    assert ours._graphs.decode.captured == 4  # for 1, 2, 4 and 8 rows
     inputs = step([4, 5, 6], logits_indices=torch.tensor([2, 0]))
     some, there = run(ours, inputs), run(ours, inputs | {"input_ids": inputs["input_ids"].cuda()})
     assert torch.equal(some, there)
@@ -169,7 +192,24 @@ def test_another_pool_gets_other_graphs(load: Callable[..., Session]) -> None:
     run(ours, inputs)
     allocate(ours)
     assert ours._graphs is not None
-    assert ours._graphs.captured == 0
+    assert ours._graphs.decode.captured == 0
     allocate(plain)
     assert (run(ours, inputs) - run(plain, inputs)).abs().max() < 1e-3
-    assert ours._graphs.captured == 1
+    assert ours._graphs.decode.captured == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_in_a_graph_gives_what_the_eager_road_gives(load: Callable[..., Session], name: str) -> None:
+    ours, plain = pair(load, "bfloat16", **MODELS[name])
+    for length in (2, 31, 32, 100, 160):
+        inputs = prompt(length)
+        a, b = run(ours, inputs), run(plain, inputs)
+        assert (a - b).norm() / b.norm() < 4e-2
+        kept, expected = (engine._pool.storage for engine in (ours, plain))  # type: ignore[union-attr]
+        assert (kept - expected).norm() / expected.norm() < 1e-2
+        assert not (kept - expected)[:, 160:].any(), "nothing is written beyond the prompt's blocks"
+    assert ours._graphs is not None
+    assert ours._graphs.prompts is not None
+    assert ours._graphs.prompts.captured == 3  # of 32, 128 and 192 tokens
+    assert pair(load, "float32")[0]._graphs.prompts is None  # type: ignore[union-attr]

@@ -19,8 +19,9 @@ from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, activated
 from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention, splits_for
 from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling, gemv
 from trtllm_core.backends.torch.cuda.kernels.norm import norm
+from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
 from trtllm_core.backends.torch.pool import KVPool
-from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
+from trtllm_core.nn import Alibi, Attention, RotaryEmbedding, rotate_
 from trtllm_core.nn.mlp import gelu_tanh, relu_squared
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin.kv_policy import KVModel, KVPlan
@@ -78,7 +79,7 @@ def attended(
     pools[1].storage.copy_(pools[0].storage)
     tables = torch.randperm(count * width).int().view(count, width)
     qkv = torch.randn(bucket, ours.num_heads + 2 * ours.num_kv_heads, ours.head_size).to(dtype)
-    inputs = DecodeInputs(bucket, width, device)
+    inputs = DecodeInputs(bucket, bucket * width, device)
     numbers = torch.tensor(past)
     inputs.clear(bucket)
     inputs.send(bucket, numbers.numpy(), numbers.numpy(), numbers.numpy(), tables.numpy(), block)
@@ -112,7 +113,7 @@ def test_attention(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_without_splits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert splits_for(1, 8) == 32
+    assert splits_for(1, 4) == 32
     assert splits_for(300, 8) == 1
     monkeypatch.setattr(attention, "PROGRAMS", 1)
     where = torch.device(device)
@@ -130,7 +131,7 @@ def test_attention_in_half_precision(dtype: torch.dtype, size: int) -> None:
 
 
 def test_the_inputs_of_a_step_are_laid_out_by_bucket() -> None:
-    inputs = DecodeInputs(8, 5, CPU)
+    inputs = DecodeInputs(8, 40, CPU)
     tables = torch.arange(15).view(3, 5).int().numpy()
     ids, past = torch.tensor([7, 8, 9]), torch.tensor([3, 20, 0])
     inputs.send(4, ids.numpy(), past.numpy() + 1, past.numpy(), tables, 8)
@@ -138,6 +139,7 @@ def test_the_inputs_of_a_step_are_laid_out_by_bucket() -> None:
     assert inputs.ids(4).tolist() == [7, 8, 9, 0]
     assert rows.positions.tolist() == [4, 21, 1, 0]
     assert rows.past.tolist() == [3, 20, 0, -1]
+    assert inputs.last.item() == 2
     assert rows.width.item() == 3  # what the longest row needs
     assert rows.tables[:9].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
     inputs.send(4, ids + 1, past.numpy(), past.numpy(), tables, 8)
@@ -221,3 +223,27 @@ def test_prompts_chunks_and_decoding_rows_share_a_call(device: str, monkeypatch:
     out = context.attend(ours, qkv.to(where, copy=True)).cpu().double()
     expected = PagedContext(PackedBatch(inputs, plan, CPU), pools[1], positions).attend(twin, qkv.double())
     assert (out - expected).norm() / expected.norm() < (1e-2 if device == "cuda" else 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["groups", "rotary", "rotary, in part", "size 80"])
+def test_a_prompt_is_rotated_and_written(name: str, device: str) -> None:
+    where = torch.device(device)
+    ours, twin = layer(torch.float32, where, **LAYERS[name]), layer(torch.float64, CPU, **LAYERS[name])
+    bucket, count, block = 32, 21, 8
+    heads, kv_heads, size = ours.num_heads, ours.num_kv_heads, ours.head_size
+    qkv, table = torch.randn(bucket, heads + 2 * kv_heads, size), torch.randperm(6).int().view(1, 6)
+    cache = torch.randn(48, 2 * kv_heads, size)
+    kept = cache.to(where, copy=True)
+    inputs, numbers = DecodeInputs(bucket, 6, where), torch.arange(count).numpy()
+    inputs.send(bucket, numbers, numbers, numbers, table.numpy(), block)
+    given = qkv.to(where)
+    out = place_prompt(ours, given, kept, inputs.rows(bucket), block)
+    expected = qkv.double()
+    if twin.rotary is not None:
+        rotate_(expected[:count], heads + kv_heads, *twin.rotary(torch.arange(count)))
+    torch.testing.assert_close(out[:count].cpu().double(), expected[:count], rtol=1e-5, atol=1e-5)
+    for token in range(count):
+        cache[table[0, token // block] * block + token % block] = expected[token, heads:].float()
+    torch.testing.assert_close(kept.cpu(), cache, rtol=1e-5, atol=1e-5)
+    assert torch.equal(given.cpu(), qkv)

@@ -20,14 +20,26 @@ def host(tensor: torch.Tensor) -> np.ndarray:
 def is_decode(inputs: Mapping[str, torch.Tensor]) -> bool:
     """Whether a call is a step of one token a row, described on the host: what a graph can run."""
     lengths = inputs["query_lengths"]
-    if lengths.is_cuda or inputs["past_lengths"].is_cuda or inputs["position_ids"].is_cuda:
-        return False
-    if inputs["block_tables"].is_cuda or lengths.shape[0] != inputs["input_ids"].shape[0] or not lengths.shape[0]:
-        return False
-    lora = inputs.get("lora_ids")
-    if inputs.get("virtual_tokens") is not None or (lora is not None and bool((host(lora) >= 0).any())):
+    if not _is_plain(inputs) or lengths.shape[0] != inputs["input_ids"].shape[0] or not lengths.shape[0]:
         return False
     return bool((host(lengths) == 1).all())
+
+
+def is_prompt(inputs: Mapping[str, torch.Tensor], longest: int) -> bool:
+    """Whether a call is one whole prompt of up to ``longest`` tokens, whose last one alone is asked for."""
+    ids, asked = inputs["input_ids"], inputs["logits_indices"]
+    if not _is_plain(inputs) or ids.is_cuda or asked.is_cuda or not 1 < ids.shape[0] <= longest:
+        return False
+    one = inputs["query_lengths"].shape[0] == asked.shape[0] == 1
+    return one and int(inputs["past_lengths"][0]) == 0 and int(asked[0]) == ids.shape[0] - 1
+
+
+def _is_plain(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether rows are described on the host, and have neither adapters nor a prompt table."""
+    if any(inputs[name].is_cuda for name in ("query_lengths", "past_lengths", "position_ids", "block_tables")):
+        return False
+    lora = inputs.get("lora_ids")
+    return inputs.get("virtual_tokens") is None and (lora is None or not bool((host(lora) >= 0).any()))
 
 
 def is_all(asked: torch.Tensor, tokens: int) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trtllm_core.backends.torch.attention import PagedContext
-from trtllm_core.backends.torch.batch import PackedBatch, host, is_all, is_decode
+from trtllm_core.backends.torch.batch import PackedBatch, host, is_all
 from trtllm_core.backends.torch.cpu.attention import DecodeAttention
 from trtllm_core.backends.torch.cpu.kernels import Kernels
 from trtllm_core.backends.torch.cuda.switch import Switch
@@ -30,7 +30,7 @@ from trtllm_core.plugin import Capabilities, Executable, LowRank, TensorSpec
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
 
 if TYPE_CHECKING:
-    from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
+    from trtllm_core.backends.torch.cuda.graphs import StepGraphs
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class TorchExecutable(Executable):
         self._context: Callable[[PackedBatch, KVPool, torch.Tensor], PagedContext] = PagedContext
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
-        self._graphs: ForwardGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._kept: dict[str, torch.Tensor] | None = None
         self._switch = switch or Switch()
         self._parallel = parallel or TensorParallel()
@@ -139,11 +139,11 @@ class TorchExecutable(Executable):
             self._context = PagedContext if self._native is None else self._native.context
         if self.capabilities.cuda_graphs and self._context is PagedContext and plan.window is None:
             from trtllm_core.backends.torch.cuda.context import MixedContext
-            from trtllm_core.backends.torch.cuda.graphs import ForwardGraphs
+            from trtllm_core.backends.torch.cuda.graphs import StepGraphs
 
             self._context = MixedContext
-            most = self.config.build.max_branches
-            self._graphs = ForwardGraphs(self.module, self._pool, most, self.device, self._switch)
+            rows, tokens = self.config.build.max_branches, self.config.build.max_num_tokens
+            self._graphs = StepGraphs(self.module, self._pool, rows, tokens, self.device, self._switch)
         return self._pool.bytes
 
     def edit_kv(self, edits: Edits) -> None:
@@ -170,13 +170,17 @@ class TorchExecutable(Executable):
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
         """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors.
 
-        With ``capabilities.cuda_graphs``, a step of one token a row replays a captured graph, unless it has adapters,
-        a prompt table, or a cache that is a ring or keeps scores, or is asked for hidden states.
+        With ``capabilities.cuda_graphs``, a step of one token a row, or of one short prompt, replays a captured graph,
+        unless it has adapters, a prompt table, or a cache that is a ring or keeps scores, or is asked for hidden states.
         """
         pool = self._require_pool()
         states = outputs.get("hidden_states")
-        if self._graphs is not None and not self.debugging and states is None and is_decode(inputs):
-            self._replay(self._graphs, inputs, outputs["logits"])
+        graphs = None if self._graphs is None or self.debugging or states is not None else self._graphs.find(inputs)
+        if graphs is not None:
+            if self._lora is not None:
+                self._lora.begin(None, host(inputs["query_lengths"]))
+            self._virtual = None
+            graphs.run(inputs, outputs["logits"])
             return
         if self.debugging and self._kept is None:
             self._kept = {}
@@ -202,14 +206,6 @@ class TorchExecutable(Executable):
             hidden = hidden[asked.to(self.device, non_blocking=True)]
         if asked.shape[0]:
             outputs["logits"].copy_(self.module.logits(hidden))
-
-    def _replay(self, graphs: ForwardGraphs, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> None:
-        if self._lora is not None:
-            self._lora.begin(None, host(inputs["query_lengths"]))
-        self._virtual = None
-        asked = inputs["logits_indices"]
-        everything = is_all(asked, inputs["input_ids"].shape[0])
-        graphs.run(inputs, logits, None if everything else asked.to(self.device, non_blocking=True))
 
     def _attentions(self) -> AbstractContextManager[None]:
         """What PyTorch may compute attention with. cuDNN's, which it prefers on new GPUs, makes a plan for each shape

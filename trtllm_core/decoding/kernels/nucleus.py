@@ -14,7 +14,7 @@ import triton.language as tl
 CHUNK = 4096
 """Tokens of one program."""
 
-_PIECE = 512  # tokens at a time
+_PIECE, _WARPS = 512, 8  # tokens at a time, and who adds them up
 _ONE = tl.constexpr(4294967296.0)
 _LEAST = tl.constexpr(-3.4028234663852886e38)
 _FAR = tl.constexpr(23.0)  # e^-23 in units of 2^-32 is 0
@@ -39,16 +39,16 @@ def nucleus_border(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     peaks = torch.empty(rows, chunks, device=device)
     sums = torch.empty(2, rows, chunks, 16, dtype=torch.int64, device=device)
     held = torch.zeros(rows, dtype=torch.int32, device=device)
-    ids = torch.empty(rows, vocab, dtype=torch.int32, device=device)
+    found = torch.empty(2, rows, vocab, dtype=torch.int32, device=device)
     border = torch.empty(rows, 1, dtype=torch.int64, device=device)
     sizes = {"CHUNKS": chunks, "PADDED": triton.next_power_of_2(chunks), "CHUNK": CHUNK, "PIECE": _PIECE}
     grid = (rows, chunks)
     stride = logits.stride(0)
     _peak[grid](logits, peaks, stride, vocab, CHUNK=CHUNK, CHUNKS=chunks, num_warps=4)
     for level in range(2):
-        _add_up[grid](logits, share, peaks, sums, stride, vocab, rows, LEVEL=level, **sizes, num_warps=4)
-    _gather[grid](logits, share, peaks, sums, held, ids, stride, vocab, rows, **sizes, num_warps=4)
-    _search[(rows,)](logits, share, peaks, sums, held, ids, border, stride, vocab, rows, **sizes, num_warps=4)
+        _add_up[grid](logits, share, peaks, sums, stride, vocab, rows, LEVEL=level, **sizes, num_warps=_WARPS)
+    _gather[grid](logits, share, peaks, sums, held, found, stride, vocab, rows, **sizes, num_warps=4)
+    _search[(rows,)](share, peaks, sums, held, found, border, vocab, rows, **sizes, num_warps=8)
     return border
 
 
@@ -160,7 +160,7 @@ def _gather(
     peaks_ptr,
     sums_ptr,
     held_ptr,
-    ids_ptr,
+    found_ptr,
     stride,
     vocab,
     rows,
@@ -169,7 +169,7 @@ def _gather(
     CHUNK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """The ids of the tokens in the bin that is left, in any order."""
+    """The tokens in the bin that is left, in any order: their ids, and their logits' bits."""
     row = tl.program_id(0).to(tl.int64)
     most = _most(peaks_ptr, row, CHUNKS, PADDED)
     high, target = _first(sums_ptr, share_ptr, row, CHUNKS, PADDED)
@@ -180,19 +180,19 @@ def _gather(
     count = tl.sum(inside.to(tl.int32), 0)
     if count > 0:
         place = tl.atomic_add(held_ptr + row, count) + tl.cumsum(inside.to(tl.int32), 0) - 1
-        tl.store(ids_ptr + row * vocab + place, token, mask=inside)
+        at = found_ptr + row * vocab + place
+        tl.store(at, token, mask=inside)
+        tl.store(found_ptr + (row + rows) * vocab + place, x.to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
 def _search(
-    logits_ptr,
     share_ptr,
     peaks_ptr,
     sums_ptr,
     held_ptr,
-    ids_ptr,
+    found_ptr,
     border_ptr,
-    stride,
     vocab,
     rows,
     CHUNKS: tl.constexpr,
@@ -206,35 +206,55 @@ def _search(
     _, target = _first(sums_ptr, share_ptr, row, CHUNKS, PADDED)
     _, target = _pick(_level(sums_ptr + rows * CHUNKS * 16, row, CHUNKS, PADDED), target)
     held = tl.load(held_ptr + row)
+    ids_ptr = found_ptr + row * vocab
+    bits_ptr = found_ptr + (row + rows) * vocab
     digit = tl.arange(0, 16)
     place = tl.arange(0, PIECE)
-    low = tl.full((), -2147483648, tl.int64)
-    high = _key(most)
+    lowest = tl.full((PIECE,), 2147483647, tl.int64)
+    highest = tl.full((PIECE,), -2147483648, tl.int64)
+    for start in range(0, held, PIECE):
+        live = start + place < held
+        key = _key(tl.load(bits_ptr + start + place, mask=live, other=0).to(tl.float32, bitcast=True))
+        lowest = tl.minimum(lowest, tl.where(live, key, 2147483647))
+        highest = tl.maximum(highest, tl.where(live, key, -2147483648))
+    low = tl.min(lowest, 0)
+    high = tl.max(highest, 0)
     while low < high:
         width = (high - low) // 16 + 1
         sums = tl.zeros((16, PIECE), tl.int64)
         for start in range(0, held, PIECE):
             live = start + place < held
-            token = tl.load(ids_ptr + row * vocab + start + place, mask=live, other=0)
-            x = tl.load(logits_ptr + row * stride + token, mask=live, other=float("-inf"))
+            x = tl.load(bits_ptr + start + place, mask=live, other=0).to(tl.float32, bitcast=True)
             down = high - _key(x)  # counted from the largest: sums run that way
             mass = tl.where(live & (down >= 0) & (down <= high - low), _mass(x, most), 0)
-            sums += tl.where((down // width)[None, :] == digit[:, None], mass[None, :], 0)
+            sums += tl.where(
+                (down.to(tl.uint32) // width.to(tl.uint32)).to(tl.int32)[None, :] == digit[:, None], mass[None, :], 0
+            )
         number, target = _pick(tl.sum(sums, 1), target)
         high = high - number * width
         low = tl.maximum(low, high - width + 1)
-    first = tl.full((), 0, tl.int64)
-    last = vocab.to(tl.int64) - 1
+    lowest = tl.full((PIECE,), 2147483647, tl.int64)
+    highest = tl.full((PIECE,), -1, tl.int64)
+    for start in range(0, held, PIECE):
+        live = start + place < held
+        key = _key(tl.load(bits_ptr + start + place, mask=live, other=0).to(tl.float32, bitcast=True))
+        token = tl.load(ids_ptr + start + place, mask=live, other=0).to(tl.int64)
+        lowest = tl.minimum(lowest, tl.where(live & (key == low), token, 2147483647))
+        highest = tl.maximum(highest, tl.where(live & (key == low), token, -1))
+    first = tl.min(lowest, 0)
+    last = tl.max(highest, 0)
     while first < last:
         width = (last - first) // 16 + 1
         sums = tl.zeros((16, PIECE), tl.int64)
         for start in range(0, held, PIECE):
             live = start + place < held
-            token = tl.load(ids_ptr + row * vocab + start + place, mask=live, other=0)
-            x = tl.load(logits_ptr + row * stride + token, mask=live, other=float("-inf"))
-            along = token.to(tl.int64) - first
+            x = tl.load(bits_ptr + start + place, mask=live, other=0).to(tl.float32, bitcast=True)
+            token = tl.load(ids_ptr + start + place, mask=live, other=0).to(tl.int64)
+            along = token - first
             mass = tl.where(live & (_key(x) == low) & (along >= 0) & (along <= last - first), _mass(x, most), 0)
-            sums += tl.where((along // width)[None, :] == digit[:, None], mass[None, :], 0)
+            sums += tl.where(
+                (along.to(tl.uint32) // width.to(tl.uint32)).to(tl.int32)[None, :] == digit[:, None], mass[None, :], 0
+            )
         number, target = _pick(tl.sum(sums, 1), target)
         first = first + number * width
         last = tl.minimum(last, first + width - 1)

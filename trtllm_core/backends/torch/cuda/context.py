@@ -58,8 +58,8 @@ class MixedContext(PagedContext):
             seen = decode_attention(layer, own, cache, self._decode, size, rotated=True)
             out[self._single] = seen.view(-1, *q.shape[1:])
         rows: Sequence[Row] = self._several
-        if self._prompts is not None and _is_fused(layer, q.dtype):
-            out[self._prompts.tokens] = _prompts(layer, q, kv, self._prompts)
+        if self._prompts is not None and is_fused(layer, q.dtype):
+            out[self._prompts.tokens] = attend_prompts(layer, q, kv, self._prompts)
             rows = self._others
         for row in rows:
             out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, {})
@@ -88,13 +88,17 @@ def _run(parts: list[slice], batch: PackedBatch) -> slice | torch.Tensor:
     return batch.to_device(np.concatenate([np.arange(part.start, part.stop) for part in parts]))
 
 
-def _is_fused(layer: Attention, dtype: torch.dtype) -> bool:
+def is_fused(layer: Attention, dtype: torch.dtype) -> bool:
+    """Whether ``attend_prompts`` does what the layer asks for."""
     plain = layer.alibi is None and layer.softcap is None
     return plain and dtype in FUSED and layer.head_size % 8 == 0 and layer.head_size <= 256
 
 
-def _prompts(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: Prompts) -> torch.Tensor:
-    """``q [tokens, heads, d]`` of all tokens -> ``[prompts' tokens, heads, d]``."""
+def attend_prompts(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+    """Each token sees its own prompt up to itself.
+
+    ``q [tokens, heads, d]`` and ``kv [tokens, 2 * kv_heads, d]`` of all tokens ``->`` ``[prompts' tokens, heads, d]``.
+    """
     k, v = kv[prompts.tokens].chunk(2, dim=1)
     window = None if layer.sliding_window is None else layer.sliding_window - 1
     seen: torch.Tensor = torch.ops.aten._flash_attention_forward(

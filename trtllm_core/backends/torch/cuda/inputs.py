@@ -16,19 +16,19 @@ _ALIGNED = 4  # each part begins at a multiple of 16 bytes
 class DecodeInputs:
     """One int32 buffer on the device, laid out anew for each bucket of rows:
 
-    ``width, -, -, - | ids [bucket] | positions [bucket] | past [bucket] | tables [rows * width]``
+    ``width, last, -, - | ids [bucket] | positions [bucket] | past [bucket] | tables [rows * width]``
 
     The parts' places depend on the bucket alone, so that a graph can be captured over them. ``width`` is the longest
     row's number of blocks, which kernels read: nobody copies the empty part of a table.
 
     Args:
         rows: most rows of a step.
-        blocks: most blocks of a row.
+        entries: most blocks of all its tables.
         device: where.
     """
 
-    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
-        size = _ALIGNED + 3 * _aligned(rows) + rows * blocks
+    def __init__(self, rows: int, entries: int, device: torch.device) -> None:
+        size = _ALIGNED + 3 * _aligned(rows) + entries
         self.device = device
         self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
@@ -40,6 +40,11 @@ class DecodeInputs:
     def ids(self, bucket: int) -> torch.Tensor:
         """int32 ``[bucket]``: the rows' tokens."""
         return self.buffer[_ALIGNED : _ALIGNED + bucket]
+
+    @property
+    def last(self) -> torch.Tensor:
+        """int32 ``[1]``: the number of the last row."""
+        return self.buffer[1:2]
 
     def rows(self, bucket: int) -> DecodeRows:
         """Where a graph of this bucket reads the rest."""
@@ -72,7 +77,7 @@ class DecodeInputs:
             bucket: at least as many as there are rows.
             ids: ``[rows]``; a tensor on the device stays there.
             positions, past: ``[rows]``.
-            tables: ``[rows, blocks]``.
+            tables: ``[rows, blocks]``, or of one sequence to which all rows belong.
             tokens_per_block: of the pool.
         """
         turn = self._turn = (self._turn + 1) % PINNED
@@ -80,6 +85,7 @@ class DecodeInputs:
         if self._sent:
             self._sent[turn].synchronize()  # PINNED steps ago: done long since
         array[0] = width = int(past.max()) // tokens_per_block + 1
+        array[1] = count - 1
         array[_ALIGNED : _ALIGNED + 2 * step] = 0
         if isinstance(ids, np.ndarray):
             array[_ALIGNED : _ALIGNED + count] = ids
@@ -89,8 +95,8 @@ class DecodeInputs:
         array[start : start + count] = past
         array[start + count : start + step] = -1
         start += step
-        end = start + count * width
-        array[start:end].reshape(count, width)[:] = tables[:, :width]
+        end = start + len(tables) * width
+        array[start:end].reshape(len(tables), width)[:] = tables[:, :width]
         self.buffer[:end].copy_(self._host[turn][:end], non_blocking=True)
         if isinstance(ids, torch.Tensor):
             self.ids(bucket)[:count].copy_(ids, non_blocking=True)

@@ -12,8 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 from trtllm_core.nn import Attention
 
-PROGRAMS = 264
-"""Programs that a launch should have, two for each multiprocessor of an H100: caches are split until there are."""
+PROGRAMS = 132
+"""Programs that a launch should have, one for each multiprocessor of an H100: caches are split until there are."""
 MOST_SPLITS = 32
 _NONE = tl.constexpr(-1e30)  # a score that counts for nothing; -inf less itself would be NaN
 _LOG2E = tl.constexpr(1.4426950408889634)

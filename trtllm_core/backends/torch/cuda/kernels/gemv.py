@@ -106,7 +106,7 @@ def _gemv(
     column = tl.arange(0, COLUMNS)
     live = row < out_features
     at = weight_ptr + row.to(tl.int64)[:, None] * in_features + column[None, :]
-    other_at = at + out_features.to(tl.int64) * in_features
+    other_at = at + tl.full((), 1, tl.int64) * out_features * in_features
     # The first piece of the weight is on its way before the kernel waits for the one before it.
     mask = live[:, None] & (column < in_features)[None, :]
     piece = tl.load(at, mask=mask, other=0.0)
