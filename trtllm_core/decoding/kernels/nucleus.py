@@ -14,7 +14,7 @@ import triton.language as tl
 CHUNK = 4096
 """Tokens of one program."""
 
-_PIECE, _WARPS = 512, 8  # tokens at a time, and who adds them up
+_PIECE, _WARPS = 256, 4  # tokens at a time, and who adds them up
 _ONE = tl.constexpr(4294967296.0)
 _LEAST = tl.constexpr(-3.4028234663852886e38)
 _FAR = tl.constexpr(23.0)  # e^-23 in units of 2^-32 is 0

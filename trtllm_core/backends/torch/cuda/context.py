@@ -71,7 +71,9 @@ class MixedContext(PagedContext):
         width = int(past.max()) // batch.tokens_per_block + 1
         tables = batch.to_device(batch.tables[rows, :width].astype(np.int32).reshape(-1))
         past = batch.to_device(past.astype(np.int32))
-        return DecodeRows(past, past, tables, batch.to_device(np.array([width], np.int32)))
+        return DecodeRows(
+            past, past, tables, batch.to_device(np.array([width], np.int32)), width * batch.tokens_per_block
+        )
 
     def _packed(self, rows: list[Row]) -> Prompts:
         lengths = [row.queries for row in rows]

@@ -134,6 +134,10 @@ class Graphs:
         self._graphs[bucket] = graph, out
         return graph, out
 
+    def _rows(self, bucket: int) -> DecodeRows:
+        plan = self._pool.plan
+        return self._inputs.rows(bucket, plan.max_blocks_per_slot * plan.tokens_per_block)
+
     def _forward(self, bucket: int) -> torch.Tensor:
         raise NotImplementedError
 
@@ -161,7 +165,7 @@ class DecodeGraphs(Graphs):
         logits.copy_(out[:count] if is_all(asked, count) else out[asked.to(out.device, non_blocking=True)])
 
     def _forward(self, bucket: int) -> torch.Tensor:
-        context = DecodeContext(self._inputs.rows(bucket), self._pool)
+        context = DecodeContext(self._rows(bucket), self._pool)
         with self._switch.turned_on():
             return self._module.logits(self._module(self._inputs.ids(bucket), context))  # type: ignore[no-any-return]
 
@@ -185,7 +189,7 @@ class PromptGraphs(Graphs):
         logits.copy_(out)
 
     def _forward(self, bucket: int) -> torch.Tensor:
-        context = PromptContext(self._inputs.rows(bucket), self._pool, bucket)
+        context = PromptContext(self._rows(bucket), self._pool, bucket)
         with self._switch.turned_on():
             hidden = self._module(self._inputs.ids(bucket), context)
             return self._module.logits(hidden.index_select(0, self._inputs.last))  # type: ignore[no-any-return]

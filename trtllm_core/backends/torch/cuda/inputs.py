@@ -46,8 +46,8 @@ class DecodeInputs:
         """int32 ``[1]``: the number of the last row."""
         return self.buffer[1:2]
 
-    def rows(self, bucket: int) -> DecodeRows:
-        """Where a graph of this bucket reads the rest."""
+    def rows(self, bucket: int, longest: int) -> DecodeRows:
+        """Where a graph of this bucket reads the rest; ``longest`` as of ``DecodeRows``."""
         step = _aligned(bucket)
         positions, past, tables = (_ALIGNED + n * step for n in (1, 2, 3))
         return DecodeRows(
@@ -55,12 +55,13 @@ class DecodeInputs:
             positions=self.buffer[positions : positions + bucket],
             tables=self.buffer[tables:],
             width=self.buffer[:1],
+            longest=longest,
         )
 
     def clear(self, bucket: int) -> None:
         """No row at all: what is captured then runs without touching a cache."""
         self.buffer.zero_()
-        self.rows(bucket).past.fill_(-1)
+        self.rows(bucket, 0).past.fill_(-1)
 
     def send(
         self,

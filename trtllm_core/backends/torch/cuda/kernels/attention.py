@@ -15,6 +15,8 @@ from trtllm_core.nn import Attention
 PROGRAMS = 132
 """Programs that a launch should have, one for each multiprocessor of an H100: caches are split until there are."""
 MOST_SPLITS = 32
+TILE = 64
+"""Entries that a program looks at together, of heads of up to 128 elements."""
 _NONE = tl.constexpr(-1e30)  # a score that counts for nothing; -inf less itself would be NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -31,12 +33,14 @@ class DecodeRows:
     """int32 ``[rows * width]`` or longer: blocks of each row's cache."""
     width: torch.Tensor
     """int32 ``[1]``: blocks of a row of ``tables``."""
+    longest: int
+    """Entries that a row's cache may have at most, now or when a captured kernel runs."""
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
+def splits_for(rows: int, kv_heads: int, longest: int) -> int:
     """Parts that each cache is split into: a number that a launch of ``rows`` is captured with."""
-    parts = 1
-    while parts < MOST_SPLITS and rows * kv_heads * parts < PROGRAMS:
+    parts, most = 1, min(MOST_SPLITS, -(-longest // TILE))
+    while parts < most and rows * kv_heads * parts < PROGRAMS:
         parts *= 2
     return parts
 
@@ -63,7 +67,7 @@ def decode_attention(
         ``[rows, heads * head_size]``; 0 for what is no row.
     """
     count, size, heads, kv_heads = qkv.shape[0], layer.head_size, layer.num_heads, layer.num_kv_heads
-    splits = splits_for(count, kv_heads)
+    splits = splits_for(count, kv_heads, rows.longest)
     out = torch.empty(count, heads * size, dtype=qkv.dtype, device=qkv.device)
     parts, sums = out, out
     if splits > 1:
@@ -94,7 +98,7 @@ def decode_attention(
         PADDED=padded,
         ROTARY=0 if layer.rotary is None or rotated else layer.rotary.dim,
         BLOCK=tokens_per_block,
-        TILE=64 if padded <= 128 else 32,
+        TILE=TILE if padded <= 128 else TILE // 2,
         SPLITS=splits,
         CAPPED=layer.softcap is not None,
         BIASED=slopes is not None,
