@@ -72,7 +72,7 @@ def _products(layers: list[nn.Module], dtype: torch.dtype, tunings: Tunings, swi
             blocks[layer.gate_up if isinstance(layer, GatedMLP) else layer.up] = layer
     alike: dict[tuple[Product, torch.Size, bool], list[Linear]] = defaultdict(list)
     for layer in layers:
-        if isinstance(layer, Linear) and layer.matmul is functional.linear and layer.weight.dtype == dtype:
+        if isinstance(layer, Linear) and _is_plain(layer, dtype):
             block = blocks.get(layer)
             activation = "none" if block is None else _ACTIVATIONS[block.activation]
             product = Product(activation, isinstance(block, GatedMLP), isinstance(layer, RowLinear))
@@ -82,6 +82,11 @@ def _products(layers: list[nn.Module], dtype: torch.dtype, tunings: Tunings, swi
         tiling = tunings.choose(product, [layer.weight for layer in group[:most]], group[0].bias)
         for layer in group:
             _give(layer, product, tiling, blocks.get(layer), switch)
+
+
+def _is_plain(layer: Linear, dtype: torch.dtype) -> bool:
+    """Whether the layer's product is the library's, of the weight as it is."""
+    return layer.quantized is None and layer.matmul is functional.linear and layer.weight.dtype == dtype
 
 
 def _give(layer: Linear, product: Product, tiling: Tiling | None, block: MLP | GatedMLP | None, switch: Switch) -> None:

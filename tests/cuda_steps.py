@@ -1,0 +1,101 @@
+"""How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [--eager]``.
+
+For each batch: tokens a second of ``ModelRunner.generate`` after the first one, greedy; the time until the first one;
+and the time of the engine's part of a step alone (inputs, forward pass, logits), with the bytes that it must read.
+Random weights. ``--eager``: without graphs and kernels of our own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from statistics import median
+
+import torch
+
+from trtllm_core import BuildConfig, ModelRunner, SamplingConfig
+from trtllm_core.backends.torch.backend import TorchBackend
+from trtllm_core.backends.torch.executable import TorchExecutable
+from trtllm_core.cli.bench.random_engine import random_runner
+
+LONGEST, REPEATS, STEPS = 512, 3, 30
+
+
+def load(shape: str, batch: int, graphs: bool) -> ModelRunner:
+    """A runner over random weights."""
+    limits = BuildConfig(max_batch_size=batch, max_seq_len=LONGEST, max_input_len=LONGEST - 1, max_num_tokens=8192)
+    assemble = TorchBackend.assemble
+    if not graphs:
+        TorchBackend.assemble = lambda *args, **options: assemble(*args, **options, cuda_graphs=False)
+    try:
+        return random_runner(shape, limits, "cuda")
+    finally:
+        TorchBackend.assemble = assemble
+
+
+def generated(runner: ModelRunner, batch: int, prompt: int, new: int) -> tuple[float, float]:
+    """Tokens a second after the first, and seconds until the first: medians."""
+    random = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, runner.config.model.vocab_size, (batch, prompt), generator=random).tolist()
+
+    def seconds(tokens: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        runner.generate(prompts, SamplingConfig(end_id=(), return_dict=True, max_new_tokens=tokens))
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(4)
+    runs = [(seconds(1), seconds(new + 1)) for _ in range(REPEATS)]
+    return median(batch * new / (whole - first) for first, whole in runs), median(first for first, _ in runs)
+
+
+def executed(engine: TorchExecutable, batch: int, past: int) -> float:
+    """Seconds of the engine's part of a step whose rows have ``past`` tokens each, in blocks in disorder."""
+    pool = engine._pool
+    assert pool is not None
+    plan, blocks = pool.plan, past // pool.plan.tokens_per_block + 1
+    tables = torch.full((batch, plan.max_blocks_per_slot), -1, dtype=torch.int32)
+    tables[:, :blocks] = torch.randperm(plan.num_blocks)[: batch * blocks].int().view(batch, blocks)
+    inputs = {
+        "input_ids": torch.randint(0, engine.config.model.vocab_size, (batch,)),
+        "position_ids": torch.full((batch,), past),
+        "query_lengths": torch.ones(batch, dtype=torch.int32),
+        "past_lengths": torch.full((batch,), past, dtype=torch.int32),
+        "block_tables": tables,
+        "logits_indices": torch.arange(batch),
+    }
+    outputs = {"logits": torch.empty(batch, engine.config.vocab_size_padded, device="cuda")}
+    for _ in range(5):
+        engine.execute(inputs, outputs, 0)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        engine.execute(inputs, outputs, 0)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS
+
+
+def main() -> None:
+    shape, batches = sys.argv[1], [int(batch) for batch in sys.argv[2].split(",")]
+    runner = load(shape, max(batches), "--eager" not in sys.argv)
+    engine = runner.generation.session.engine
+    assert isinstance(engine, TorchExecutable)
+    model = engine.config.model
+    table = 0 if engine.module.head is None else model.vocab_size * model.hidden_size * 2  # of a step, a few rows
+    print(torch.cuda.get_device_name(), torch.__version__, shape, model.dtype)
+    for batch in batches:
+        prompt, new = (128, 255) if batch == 1 else (256, 64)
+        rate, first = generated(runner, batch, prompt, new)
+        past = prompt + new // 2
+        step = executed(engine, batch, past)
+        cache = batch * past * 4 * model.num_kv_heads * model.head_size * model.num_layers
+        read = (engine.weight_bytes() - table + cache) / step / 1e9
+        print(
+            f"batch {batch}: {rate:.0f} tokens/s ({1e3 * batch / rate:.2f} ms a step), first {1e3 * first:.1f} ms; "
+            f"engine {1e3 * step:.3f} ms, {batch / step:.0f} tokens/s, {read:.0f} GB/s"
+        )
+
+
+if __name__ == "__main__":
+    main()
