@@ -14,9 +14,11 @@ import torch
 
 from trtllm_core.backends.torch.kernels import widened_linear
 from trtllm_core.backends.torch.pool import KVPool
+from trtllm_core.backends.torch.watching import watch_layers
 from trtllm_core.config import BuildConfig
 from trtllm_core.engine.build import build_engine
 from trtllm_core.errors import BackendError, ConfigError, EngineUnsupportedError
+from trtllm_core.nn import Layer
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Plugins
 from trtllm_core.plugin.kv_policy import Edits, KVPlan
@@ -247,3 +249,24 @@ def test_cuda_answers_like_the_cpu(dtype: torch.dtype, tolerance: float, tmp_pat
     made.storage.copy_(torch.from_numpy(np.arange(6).repeat(64))[:, None, None])
     made.edit(Edits(copies=((0, 1), (1, 0))))
     assert content(made) == [1, 0, 2, 3, 4, 5]
+
+
+def test_what_is_watched_stays_when_the_next_layer_writes_over_it() -> None:
+    class Doubles(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2)
+
+    class Chain(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Doubles(), Doubles()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    chain, found = Chain(), {}
+    watch_layers(chain, found)
+    chain(torch.ones(1))
+    assert {name: value.item() for name, value in found.items()} == {"layers.0": 2, "layers.1": 4}

@@ -171,7 +171,7 @@ class TorchExecutable(Executable):
         """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors.
 
         With ``capabilities.cuda_graphs``, a step of one token a row, or of one short prompt, replays a captured graph,
-        unless it has adapters, a prompt table, or a cache that is a ring or keeps scores, or is asked for hidden states.
+        unless it has adapters, a prompt table, a cache that is a ring or keeps scores, or is asked for hidden states.
         """
         pool = self._require_pool()
         states = outputs.get("hidden_states")

@@ -19,7 +19,8 @@ def watch_layers(module: nn.Module, found: dict[str, torch.Tensor]) -> None:
 def _kept(forward: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
     def keep(*args: Any) -> Any:
         out = forward(*args)
-        found[name] = out[0] if isinstance(out, tuple) else out
+        given: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        found[name] = given.clone()  # the next layer may write over its residual: see ``RowLinear``
         return out
 
     return keep
