@@ -109,7 +109,7 @@ class BadWords(DeviceLogitsProcessor):
         self._words.write(slot, [word[::-1] for word in words])
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
-        words = self._words.rows[batch.slot]
+        words = self._words.rows.index_select(0, batch.slot)
         last, rest = words[:, :, 0], words[:, :, 1:]
         before = recent(batch, rest.shape[2]).unsqueeze(1)
         begun = ((rest == before) | (rest < 0)).all(dim=2)

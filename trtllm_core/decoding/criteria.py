@@ -42,7 +42,7 @@ class EndId(DeviceStoppingCriterion):
         self._end_ids.write(slot, view.end_ids)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
-        ends = batch.tokens.unsqueeze(2) == self._end_ids.rows[batch.slot].unsqueeze(1)
+        ends = batch.tokens.unsqueeze(2) == self._end_ids.rows.index_select(0, batch.slot).unsqueeze(1)
         return first_hit(ends.any(dim=2) & accepted(batch))
 
     def matched(self, slot: int, tokens: Sequence[int]) -> int:
@@ -69,7 +69,9 @@ class MaxTokens(DeviceStoppingCriterion):
         self._limit[slot] = min(len(view.prompt) + view.sampling.max_new_tokens, self._max_seq_len)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
-        last = (self._limit[batch.slot] - batch.context.lengths[batch.slot] - 1).clamp(min=0)
+        last = (self._limit.index_select(0, batch.slot) - batch.context.lengths.index_select(0, batch.slot) - 1).clamp(
+            min=0
+        )
         return torch.where(batch.active & (last < batch.counts), last, -1)
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:

@@ -51,10 +51,10 @@ def texts(batch: LogitsBatch) -> tuple[torch.Tensor, torch.Tensor]:
         int64 ``[n, max_seq_len]``, 0 from the end on, and the number of tokens, int64 ``[n]``.
     """
     context = batch.context
-    length = context.lengths[batch.slot]
+    length = context.lengths.index_select(0, batch.slot)
     end = length + batch.offset
     column = torch.arange(context.max_seq_len, device=length.device)
-    tokens = context.tokens[batch.slot].long()
+    tokens = context.tokens.index_select(0, batch.slot).long()
     if batch.draft is not None:
         ahead = column - length.unsqueeze(1)
         drafted = batch.draft[batch.slot].long().gather(1, ahead.clamp(0, batch.draft.shape[1] - 1))
@@ -65,4 +65,6 @@ def texts(batch: LogitsBatch) -> tuple[torch.Tensor, torch.Tensor]:
 def generated(batch: LogitsBatch) -> torch.Tensor:
     """How many tokens were generated before each position of a step, drafts included: int64 ``[n]``."""
     context = batch.context
-    return context.lengths[batch.slot] - context.prompt_lengths[batch.slot] + batch.offset
+    return (
+        context.lengths.index_select(0, batch.slot) - context.prompt_lengths.index_select(0, batch.slot) + batch.offset
+    )

@@ -153,7 +153,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             for stage, flags, unscored in passes:
                 if scored and unscored and scores is None:
                     scores = logits.clone()
-                active = stage.active(slot) if flags is stage.flags else flags[slot]
+                active = stage.active(slot) if flags is stage.flags else flags.index_select(0, slot)
                 batch = LogitsBatch(self.context, slot, offset, active, draft)
                 if companions is not None:
                     batch = companions.seen_by(stage.item.key, batch)

@@ -66,8 +66,8 @@ class EmbeddingBias(DeviceLogitsProcessor):
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         # Padding adds 0 to token 0.
-        biases = torch.where(batch.active.unsqueeze(1), self._biases.rows[batch.slot], 0.0)
-        logits.scatter_add_(1, self._tokens.rows[batch.slot], biases)
+        biases = torch.where(batch.active.unsqueeze(1), self._biases.rows.index_select(0, batch.slot), 0.0)
+        logits.scatter_add_(1, self._tokens.rows.index_select(0, batch.slot), biases)
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._tokens.rows, self._biases.rows)
@@ -130,7 +130,12 @@ class MinLength(DeviceLogitsProcessor):
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         early = generated(batch).unsqueeze(1) < per_row(self._min_length, batch, neutral=0)
-        lower(logits, self._end_ids.rows[batch.slot], early, self._lowest[batch.slot].unsqueeze(1))
+        lower(
+            logits,
+            self._end_ids.rows.index_select(0, batch.slot),
+            early,
+            self._lowest.index_select(0, batch.slot).unsqueeze(1),
+        )
 
     def fork(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_slots(src, dst, self._min_length, self._lowest, self._end_ids.rows)

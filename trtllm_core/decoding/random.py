@@ -103,4 +103,6 @@ def uniform_rows(keys: torch.Tensor, positions: torch.Tensor, salt: int, width: 
 def batch_uniform(batch: LogitsBatch, salt: int) -> torch.Tensor:
     """One number in (0, 1] for each position of a step: float32 ``[n]``. Drafted positions count."""
     context = batch.context
-    return uniform(context.seeds[batch.slot], context.lengths[batch.slot] + batch.offset, salt)
+    return uniform(
+        context.seeds.index_select(0, batch.slot), context.lengths.index_select(0, batch.slot) + batch.offset, salt
+    )

@@ -175,10 +175,10 @@ class TopKTopP(Sampler):
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         u = batch_uniform(batch, self.SALT).unsqueeze(1)
-        share = u * self._decay.apply(self._p[batch.slot], batch).unsqueeze(1)
-        k = self._k[batch.slot].unsqueeze(1)
+        share = u * self._decay.apply(self._p.index_select(0, batch.slot), batch).unsqueeze(1)
+        k = self._k.index_select(0, batch.slot).unsqueeze(1)
         tokens = torch.zeros_like(k)
-        nucleus = self._nucleus[batch.slot].unsqueeze(1)
+        nucleus = self._nucleus.index_select(0, batch.slot).unsqueeze(1)
         weights = masses(logits) if self._walks else None
         if self._searches:
             # A row that does not search is done at its first token.
@@ -195,10 +195,10 @@ class TopKTopP(Sampler):
     def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         """See ``Sampler``: of the ordered masses those below k, and of their sum the part below p."""
         values, ids = logits.sort(dim=1, descending=True, stable=True)
-        k = self._k[batch.slot].unsqueeze(1)
+        k = self._k.index_select(0, batch.slot).unsqueeze(1)
         weights = (values - values[:, :1]).double().exp_()
         weights.masked_fill_((torch.arange(weights.shape[1], device=k.device) >= k) & (k > 0), 0)
         sums = weights.cumsum(dim=1)
-        inside = sums[:, -1:] * self._decay.apply(self._p[batch.slot], batch).double().unsqueeze(1)
+        inside = sums[:, -1:] * self._decay.apply(self._p.index_select(0, batch.slot), batch).double().unsqueeze(1)
         shares = (torch.minimum(sums, inside) - (sums - weights)).clamp_(min=0) / inside
         return torch.zeros_like(logits).scatter_(1, ids, shares.float())

@@ -94,7 +94,7 @@ class Slots:
         if self.shared:
             return
         context = self.context
-        lengths = context.lengths[slot]
+        lengths = context.lengths.index_select(0, slot)
         for j in range(tokens.shape[1]):
             # A row without a j-th token writes back what is there, so that shapes never depend on the data.
             at = (lengths + j).clamp_(max=context.max_seq_len - 1)

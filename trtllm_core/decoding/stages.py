@@ -97,7 +97,7 @@ class Stage(Generic[P]):
 
     def active(self, slot: torch.Tensor) -> torch.Tensor:
         """bool ``[n]``: which rows, of the slots ``slot`` (int64 ``[n]``), are the plugin's."""
-        return self._everybody.of(slot.shape[0]) if self.total else self.flags[slot]
+        return self._everybody.of(slot.shape[0]) if self.total else self.flags.index_select(0, slot)
 
     def commit_batch(
         self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, scores: Scores | None

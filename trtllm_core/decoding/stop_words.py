@@ -44,7 +44,7 @@ class StopWords(DeviceStoppingCriterion):
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
         n, k = batch.tokens.shape
-        words = self._words.rows[batch.slot].unsqueeze(1)
+        words = self._words.rows.index_select(0, batch.slot).unsqueeze(1)
         after = torch.arange(1, k + 1, device=batch.tokens.device).expand(n, k)
         text = tokens_before(batch.context, batch.slot, after, words.shape[3], extra=batch.tokens).unsqueeze(2)
         # -1 pads short words, and whole words where a slot has fewer than the table.

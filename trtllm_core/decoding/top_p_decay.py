@@ -65,14 +65,20 @@ class TopPDecay:
         if not falls:
             return p
         steps = self._since_reset(batch) if resets else generated(batch)
-        fallen = torch.maximum(p * self._decay[batch.slot] ** steps, self._least[batch.slot])
+        fallen = torch.maximum(
+            p * self._decay.index_select(0, batch.slot) ** steps, self._least.index_select(0, batch.slot)
+        )
         return torch.where(steps > 0, fallen, p)
 
     def _since_reset(self, batch: LogitsBatch) -> torch.Tensor:
         """Generated tokens after the last reset token, or after the prompt where there is none: int64 ``[n]``."""
         text, end = texts(batch)
         column = torch.arange(text.shape[1], device=text.device)
-        start = batch.context.prompt_lengths[batch.slot].unsqueeze(1)
-        resets = (text == self._reset[batch.slot].unsqueeze(1)) & (column >= start) & (column < end.unsqueeze(1))
+        start = batch.context.prompt_lengths.index_select(0, batch.slot).unsqueeze(1)
+        resets = (
+            (text == self._reset.index_select(0, batch.slot).unsqueeze(1))
+            & (column >= start)
+            & (column < end.unsqueeze(1))
+        )
         last = torch.where(resets, column, start - 1).amax(dim=1)
         return end - 1 - last
