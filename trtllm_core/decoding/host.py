@@ -217,7 +217,7 @@ class MaskBuffer:
         if self._device.type == "cpu":
             self._apply_here(logits, masked)
             return
-        rows = torch.tensor(masked, device=self._device)
+        rows = torch.tensor(masked).to(self._device, non_blocking=True)
         closed = np.invert(self._words[list(masked)]).view(np.uint8)
         forbidden = unpacked(torch.from_numpy(closed).to(self._device, non_blocking=True))[:, : logits.shape[1]]
         logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
