@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +165,37 @@ def test_a_fingerprint_sees_any_change_of_a_small_file(tiny_checkpoint: Path, tm
     (copy / "model.safetensors").unlink()
     (copy / "one.gguf").write_bytes(content)
     assert fingerprint(copy / "one.gguf") != fingerprint(copy)
+
+
+def test_what_quantised_weights_cost(cli: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("A text that the user gives. " * 4)
+    arguments = ("build", tiny_checkpoint, "-o", tmp_path / "e", "--quant", "int8", "--quant-text", text)
+    first, again = cli(*arguments).stdout, cli(*arguments).stdout
+    assert "llama float32 int8 for torch" in first
+    assert "up to date" in again
+    for told in (first, again):
+        found = re.search(r"over (\d+) tokens .* perplexity ([\d.]+) \(([\d.]+) without\).*off by ([\d.]+)", told)
+        assert found
+        assert int(found[1]) >= len(text.read_text()) - 1
+        assert float(found[2]) == pytest.approx(float(found[3]), rel=0.02)
+        assert float(found[4]) < 0.05
+    assert "is built again: build.quantization" in cli(*arguments[:4], "--quant", "int4").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quant", "int3"], "'int4', 'int8' or 'keep'"),
+        (["--quant-group", "64"], "needs --quant"),
+        (["--quant-text", "README.md"], "name a quantisation too"),
+        (["--quant", "int8", "--quant-text", "no-such-file"], "cannot be read as text"),
+        (["--quant", "keep"], "not quantised"),
+        (["--quant", "int4", "--max-lora-rank", "4"], "adapters need weights"),
+    ],
+)
+def test_refused_quantisation(
+    options: list[str], message: str, cli: Callable, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert message in cli("build", tiny_checkpoint, "-o", tmp_path / "e", *options, status=2).stderr
+    assert not (tmp_path / "e").exists()

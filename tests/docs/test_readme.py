@@ -30,6 +30,7 @@ PAGES = (
     "docs/kv-cache.md",
     "docs/cuda.md",
     "docs/numbers.md",
+    "docs/quantization.md",
     "docs/sampling.md",
     "docs/stopping.md",
     "docs/migration.md",

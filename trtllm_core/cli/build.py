@@ -18,6 +18,7 @@ from trtllm_core.errors import ConfigError, EngineError
 if TYPE_CHECKING:
     from trtllm_core.checkpoint import Checkpoint
     from trtllm_core.config import EngineConfig
+    from trtllm_core.plugin import ModelFamily
 
 
 @takes(options=BuildOptions)
@@ -26,6 +27,9 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="ENGINE", help="Where the engine goes.")],
     options: BuildOptions,
     force: Annotated[bool, typer.Option("--force", help="Build even if the engine is there already.")] = False,
+    quant_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Print what --quant costs on this text.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Build an engine from a checkpoint. Does nothing where the same engine is there already."""
     from trtllm_core.checkpoint import open_checkpoint
@@ -37,10 +41,13 @@ def build(
     plugins, source = Plugins.load(), open_checkpoint(checkpoint)
     config, family, _ = plan_engine(source, options.config(), plugins)
     _check_place(output, source)
+    text = None if quant_text is None else _read_text(quant_text, config)
     if is_engine(output) and not force:
         reason = why_another(output, config)
         if reason is None:
             typer.echo(f"{output}: up to date ({_shown(config)}); --force builds it again")
+            if text is not None:
+                _print_cost(text, config, family, source, output)
             return
         print_note(f"{output} is built again: {reason}")
     check_weight_map(family, config.model, source)
@@ -49,6 +56,31 @@ def build(
         built = build_engine(source, output, options.config(), plugins=plugins, progress=bar.report)
     total = sum(file.total_bytes for file in built.ranks)
     typer.echo(f"{output}: {_shown(built)}, {size(total)}, {time.perf_counter() - started:.1f} s")
+    if text is not None:
+        _print_cost(text, built, family, source, output)
+
+
+def _read_text(path: Path, config: EngineConfig) -> str:
+    if config.quantization is None:
+        raise ConfigError("--quant-text measures what --quant costs: name a quantisation too")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--quant-text {path} cannot be read as text: {error}") from error
+
+
+def _print_cost(text: str, config: EngineConfig, family: ModelFamily, source: Checkpoint, output: Path) -> None:
+    from trtllm_core.backends.torch.cost import quantization_cost
+    from trtllm_core.checkpoint.tokenizer import Tokenizer
+    from trtllm_core.engine.directory import TOKENIZER
+
+    if not (output / TOKENIZER).is_file():
+        raise ConfigError(f"{source.path} brings no tokenizer, so --quant-text has no tokens to run")
+    cost = quantization_cost(config, family, source, Tokenizer.from_dir(output).encode(text))
+    typer.echo(
+        f"quantised weights, over {cost.tokens} tokens of the text: perplexity {cost.perplexity:.3f} "
+        f"({cost.plain_perplexity:.3f} without), logits off by {cost.error:.3f} (they spread by {cost.spread:.3f})"
+    )
 
 
 def why_another(directory: Path, wanted: EngineConfig) -> str | None:

@@ -36,7 +36,7 @@ def graph_errors(graph: Path, weights: Path, config: EngineConfig, family: Model
     lengths = [min(n, build.max_input_len) for n in LENGTHS[: build.max_batch_size]]
     steps = min(STEPS, build.max_seq_len - max(lengths))
     texts = [torch.randint(config.model.vocab_size, (n + steps,), generator=random) for n in lengths]
-    theirs = _packed(TorchBackend().load(weights, config, family), texts, lengths)
+    theirs = packed_logits(TorchBackend().load(weights, config, family), texts, lengths)
     tensors = Weights(weights, torch.device("cpu")).tensors
     ours = _linear(OnnxRuntimeExecutable(config, graph, weights=tensors), texts, lengths, steps)
     return {
@@ -58,7 +58,7 @@ def _plan(config: EngineConfig, blocks: int, size: int) -> KVPlan:
     return KVPlan(blocks, size, 1, kv)
 
 
-def _packed(engine: Executable, texts: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+def packed_logits(engine: Executable, texts: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
     """float32 ``[rows, steps, vocab]``: logits from each prompt's last token on, in one call for each row."""
     longest = max(len(text) for text in texts)
     engine.allocate_kv(_plan(engine.config, 1, longest))

@@ -1,0 +1,79 @@
+"""What quantised weights cost: the same text, through a model with them and through one without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trtllm_core.backends.linear.judge import packed_logits
+from trtllm_core.backends.modules import meta_module, parameter_dtypes
+from trtllm_core.backends.torch.backend import TorchBackend
+from trtllm_core.checkpoint import Checkpoint
+from trtllm_core.config import EngineConfig
+from trtllm_core.engine.shards import check_weight_map, rank_weights
+from trtllm_core.errors import ConfigError
+from trtllm_core.parallel import TensorParallel
+from trtllm_core.plugin import ModelFamily
+
+MOST = 512
+"""Tokens of the text that are run at most."""
+
+
+@dataclass(frozen=True)
+class QuantizationCost:
+    """Over a text, in the engine's dtype on the CPU."""
+
+    tokens: int
+    """That were predicted."""
+    perplexity: float
+    plain_perplexity: float
+    """With weights in the engine's dtype."""
+    error: float
+    """Root of the mean square of the logits' differences, each row of logits less its mean."""
+    spread: float
+    """Standard deviation of the plain logits, to compare it with."""
+
+
+def quantization_cost(
+    config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, ids: Sequence[int]
+) -> QuantizationCost:
+    """Run a text's tokens, the first ``MOST`` of them, through both models, one after the other.
+
+    What a backend adds of its own, such as activations that are rounded, is not in it.
+
+    Raises:
+        ConfigError: the text is shorter than two tokens.
+    """
+    most = min(MOST, config.build.max_seq_len, config.build.max_num_tokens)
+    text = torch.tensor(ids[:most])
+    if len(text) < 2:
+        raise ConfigError("the text of --quant-text has less than two tokens: there is nothing to predict")
+    config = config.replace(build=config.build.replace(tp_size=1))  # one rank has all of the model
+    plain = _logits(config.replace(quantization=None), family, checkpoint, text)
+    ours = _logits(config, family, checkpoint, text)
+    difference = ours - plain
+    return QuantizationCost(
+        tokens=len(text) - 1,
+        perplexity=_perplexity(ours, text),
+        plain_perplexity=_perplexity(plain, text),
+        error=(difference - difference.mean(-1, keepdim=True)).square().mean().sqrt().item(),
+        spread=(plain - plain.mean(-1, keepdim=True)).square().mean().sqrt().item(),
+    )
+
+
+def _logits(config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, text: torch.Tensor) -> torch.Tensor:
+    """float32 ``[tokens - 1, vocab]``: what predicts each token but the first."""
+    rank = TensorParallel()
+    dtypes = parameter_dtypes(meta_module(config, family, rank))
+    parts = rank_weights(
+        check_weight_map(family, config.model, checkpoint), config.model, checkpoint, rank, config.quantization
+    )
+    tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in parts}
+    engine = TorchBackend().assemble(tensors, config, family, torch.device("cpu"), rank)
+    return packed_logits(engine, [text], [1])[0, :, : config.model.vocab_size]
+
+
+def _perplexity(logits: torch.Tensor, text: torch.Tensor) -> float:
+    return torch.nn.functional.cross_entropy(logits, text[1:]).exp().item()
