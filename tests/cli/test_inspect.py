@@ -56,6 +56,7 @@ def test_explain_shows_order_providers_fields_and_hash(cli: Callable, tiny_engin
         "llama (trtllm-plugin-llama ",
         "4 sequences of 128 tokens, prompts of 96",
         "paged (trtllm-core ",
+        "decode steps are captured graphs",
         "temperature = 0.7",
         "honoured by temperature",
         "order of preset trtllm",

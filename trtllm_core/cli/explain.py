@@ -68,7 +68,16 @@ def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str | None) 
         f"{build.max_num_tokens} tokens a step",
         "ranks": build.tp_size,
         "kv_policy": f"{policy.name} ({policy.source}), blocks of {block} tokens",
-    }
+    } | _on_cuda(config)
+
+
+def _on_cuda(config: EngineConfig) -> dict[str, str]:
+    """How the torch backend decodes on a GPU."""
+    if config.backend.name != "torch":
+        return {}
+    if config.build.tp_size > 1:
+        return {"on_cuda": "decode steps run without captured graphs: the engine has several ranks"}
+    return {"on_cuda": "decode steps are captured graphs, but those with adapters, prompt tables, drafts or a window"}
 
 
 def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
