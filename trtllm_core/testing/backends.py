@@ -10,7 +10,16 @@ from trtllm_core.config import BuildConfig, SamplingConfig
 from trtllm_core.config.model import DType
 from trtllm_core.engine.build import build_engine
 from trtllm_core.errors import EngineUnsupportedError
-from trtllm_core.plugin import Availability, Backend, BackendRegistrar, Plugins, Registry, Source, hookimpl
+from trtllm_core.plugin import (
+    Availability,
+    Backend,
+    BackendRegistrar,
+    Inspection,
+    Plugins,
+    Registry,
+    Source,
+    hookimpl,
+)
 from trtllm_core.runner import ModelRunner
 from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.kit import Conformance, passed_over, require
@@ -70,6 +79,26 @@ class BackendConformance(Conformance):
             except EngineUnsupportedError as error:
                 passed_over(f"it builds, but cannot run here: {error}")
         require(found == due, f"a greedy request gets the tokens {found}, and from the torch backend {due}")
+
+    def test_inspection(self) -> None:
+        """It tells what an engine of its is made of, and has nothing against one that it has just built."""
+        plugins, name = self.installed()
+        probe = self.backend().probe()
+        if not probe.available:
+            passed_over(f"it cannot work here: {probe.reason}")
+        if "llama" not in plugins.model_families:
+            passed_over("it is tried on a LLaMA model: pip install trtllm-plugin-llama")
+        with tempfile.TemporaryDirectory() as place:
+            directory = Path(place) / "engine"
+            limits = BuildConfig(backend=name, dtype=self.dtype, max_batch_size=2, max_input_len=8, max_seq_len=16)
+            config = build_engine(write_llama(Path(place) / "checkpoint"), directory, limits, plugins=plugins)
+            path = directory / config.ranks[0].name
+            family = plugins.model_families.get(config.family.name).load()()
+            found = self.backend().inspect(path, config, family)
+            require(isinstance(found, Inspection), f"inspect returned a {type(found).__name__}, no Inspection")
+            require(found.told_by, "inspect does not say who tells it")
+            problems = [one.found for one in self.backend().diagnose(path, config) if one.level == "problem"]
+            require(not problems, f"diagnose has something against a new engine: {'; '.join(problems)}")
 
 
 def _tokens(plugins: Plugins, checkpoint: Path, directory: Path, backend: str, dtype: DType) -> list[Any]:

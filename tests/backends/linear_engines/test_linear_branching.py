@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, Session, build_engine, use
+from trtllm_core import BuildConfig, Executor, ModelRunner, Plugins, SamplingConfig, Session, build_engine, use
 from trtllm_core.backends.tensorrt.executable import TensorRTExecutable
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
 from trtllm_core.backends.tensorrt.profiles import CONTEXT, GENERATION, profile_shapes
@@ -25,7 +25,7 @@ from .conftest import LIMITS, MakeGraph
 
 PROMPTS = [[5, 6, 7, 8] * 5, [11], [3, 4, 3, 4, 3, 4, 3], [42, 17, 42]]
 GREEDY = SamplingConfig(max_new_tokens=24, end_id=(), return_dict=True)
-WIDE: BuildConfig = LIMITS.replace(max_batch_size=2, max_beam_width=3, dtype="float32")
+WIDE: BuildConfig = LIMITS.replace(max_batch_size=2, max_beam_width=3, dtype="float32", gather_context_logits=True)
 """Room for two requests of three beams."""
 DRAFTS = 3
 """``max_draft_len`` of the TensorRT engine."""
@@ -147,6 +147,25 @@ def test_beams_are_copies_of_rows(fields: dict[str, Any], both: Both) -> None:
     assert np.allclose([one.cum_log_prob for one in ours], [one.cum_log_prob for one in theirs], atol=1e-4)
     greedy, _ = both(GREEDY.replace(max_new_tokens=12))
     assert texts(ours[: len(greedy)]) != texts(greedy), "or the beams would show nothing"
+
+
+def test_logits_of_every_prompt_token(both: Both) -> None:
+    """A plan without gather_all_token_logits gives a few a run: it runs as often as it takes."""
+    ours, theirs = both(GREEDY.replace(max_new_tokens=2), PROMPTS[2:])
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.context_logits.shape[0] == len(one.prompt)
+        assert torch.allclose(one.context_logits, other.context_logits, atol=1e-4)
+
+
+def test_in_flight_batching(engine: Session, torch_engine: Session, plugins: Plugins) -> None:
+    """Requests join and leave while others run: their rows of the caches are taken over, and forks are copied."""
+    wanted = [GREEDY, GREEDY.replace(max_new_tokens=5), GREEDY.replace(num_beams=3, max_new_tokens=8), GREEDY]
+    results = []
+    for session in (engine, torch_engine):
+        with ModelRunner.from_engine(session, plugins=plugins) as runner, Executor(runner) as executor:
+            handles = [executor.submit(*one) for one in zip(PROMPTS, wanted, strict=True)]
+            results.append([texts(handle.result(60)) for handle in handles])
+    assert results[0] == results[1]
 
 
 def test_both_profiles_ran(engine: Session, both: Both) -> None:
