@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trtllm_core.plugin import Plugins
     from trtllm_core.runner import ModelRunner
     from trtllm_core.session import Session, TensorInfo
+    from trtllm_core.standalone import StandaloneDecoder
 
 _HOMES = {
     "trtllm_core.config": (
@@ -57,6 +58,7 @@ _HOMES = {
     "trtllm_core.plugin": ("Plugins",),
     "trtllm_core.runner": ("ModelRunner",),
     "trtllm_core.session": ("Session", "TensorInfo"),
+    "trtllm_core.standalone": ("StandaloneDecoder",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -78,6 +80,7 @@ __all__ = [
     "RequestHandle",
     "SamplingConfig",
     "Session",
+    "StandaloneDecoder",
     "TensorInfo",
     "TrtllmCoreError",
     "WorldConfig",

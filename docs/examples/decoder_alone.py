@@ -1,27 +1,18 @@
-"""Beams chosen from logits that are computed elsewhere: no engine, no model."""
+"""Tokens chosen from logits that are computed elsewhere: no engine, no model."""
 
 import torch
 
-from trtllm_core.compat.tensorrt_llm.bindings import (
-    DataType,
-    DecodingInput,
-    DecodingMode,
-    DecodingOutput,
-    GptDecoder,
-    SamplingConfig,
-)
+from trtllm_core import SamplingConfig, StandaloneDecoder
 
-batch, beams, vocab, length = 2, 3, 50, 10
+vocab = 50
 table = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(1)) * 3  # stands for a model
 
-decoder = GptDecoder(DecodingMode.BEAM_SEARCH, DataType.FLOAT, batch, beams, vocab, vocab, length)
-decoder.setup(SamplingConfig(beam_width=beams, repetition_penalty=[1.3], length_penalty=[1.0]), batch)
-ids = torch.zeros(batch, beams, length, dtype=torch.int32)
-ids[0, :, :2], ids[1, :, :1] = torch.tensor([7, 8]), 9  # two prompts, of two tokens and of one
-output = DecodingOutput(ids, torch.tensor([[2] * beams, [1] * beams], dtype=torch.int32))
-last, done = torch.tensor([[8] * beams, [9] * beams]), False
-while not done:
-    done = decoder.forward(output, DecodingInput(logits=table[last], end_ids=torch.tensor([0, 0])))
-    last = output.new_tokens.long()  # a model would reorder its cache by output.parent_ids
-for row, scores in zip(output.ids, output.cum_log_probs, strict=True):
-    print([f"{score:.2f}" for score in scores.tolist()], row[0].tolist())
+decoder = StandaloneDecoder(vocab, max_batch_size=2, max_beam_width=3, max_seq_len=10)
+beams = SamplingConfig(num_beams=3, repetition_penalty=1.3, end_id=0, max_new_tokens=8)
+drawn = SamplingConfig(top_k=5, temperature=0.7, num_return_sequences=2, random_seed=7, end_id=0, max_new_tokens=9)
+rows = decoder.begin([[7, 8], [9]], [beams, drawn])
+while not decoder.over:
+    rows = decoder.step(table[rows.tokens])  # a model would first reorder its cache by rows.parents
+for prompt in range(2):
+    for one in decoder.sequences(prompt).values():
+        print(prompt, one.reason, list(one.tokens))

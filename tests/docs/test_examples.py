@@ -255,6 +255,18 @@ def test_test_top_a(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decoder_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """It finds what a session of an engine with the same table finds."""
     module = runpy.run_path(str(EXAMPLES / "decoder_alone.py"))
+    build = BuildConfig(max_batch_size=2, max_beam_width=3, max_seq_len=10, max_input_len=9, max_num_tokens=32)
+    runner = ModelRunner.from_engine(MarkovExecutable(50, table=module["table"], build=build))
+    configs = [module[name].replace(return_dict=True) for name in ("beams", "drawn")]
+    found = runner.generate([[7, 8], [9]], configs)["outputs"]
+    due = [f"{one.request_id} {one.finish_reason} {list(one.tokens)}" for one in found]
+    assert capsys.readouterr().out.splitlines() == due
+    assert len(due) == 5
+
+
+def test_gpt_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    """So does the classic front."""
+    module = runpy.run_path(str(EXAMPLES / "gpt_decoder.py"))
     assert len(capsys.readouterr().out.splitlines()) == 2
     build = BuildConfig(max_batch_size=2, max_beam_width=3, max_seq_len=10, max_input_len=9, max_num_tokens=32)
     runner = ModelRunner.from_engine(MarkovExecutable(50, table=module["table"], build=build))

@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 
-from trtllm_core.compat.given import GivenLogits
 from trtllm_core.compat.tensorrt_llm.gone import refuse
 from trtllm_core.compat.tensorrt_llm.runtime.words import to_word_list_format
-from trtllm_core.config import BuildConfig, KVCacheConfig, WorldConfig
 from trtllm_core.config import SamplingConfig as CoreConfig
-from trtllm_core.decoding.live import LiveRequest
-from trtllm_core.decoding.request import Request
+from trtllm_core.config import WorldConfig
 from trtllm_core.decoding.words import from_word_list_format
 from trtllm_core.errors import CapacityError, ConfigError
-from trtllm_core.generation import GenerationSession
 from trtllm_core.plugin import Plugins
-from trtllm_core.session import Session
+from trtllm_core.standalone import Rows, StandaloneDecoder
 
 __all__ = [
     "DataType",
@@ -128,7 +124,7 @@ class DecodingOutput:
 class GptDecoder:
     """Chooses tokens for a batch, step by step, from logits that the caller brings.
 
-    Everything that a session honours is honoured: it *is* one, of an engine that is given its logits.
+    It is a front of :class:`trtllm_core.StandaloneDecoder`, which honours everything that a session honours.
 
     Args:
         mode, dtype: as in C++; see there what they still mean.
@@ -153,20 +149,18 @@ class GptDecoder:
         refuse("GptDecoder", medusa=mode is DecodingMode.MEDUSA)
         if vocab_size_padded < vocab_size:
             raise ConfigError(f"vocab_size_padded {vocab_size_padded} is less than vocab_size {vocab_size}")
-        build = BuildConfig(
+        self.vocab_size, self.vocab_size_padded = vocab_size, vocab_size_padded
+        self._most = max_batch_size, max_sequence_length
+        self._decoder = StandaloneDecoder(
+            vocab_size,
             max_batch_size=max_batch_size,
             max_beam_width=max_beam_width,
-            max_input_len=max_sequence_length - 1,
             max_seq_len=max_sequence_length,
-            max_num_tokens=max_batch_size * max_sequence_length,
+            device=device,
+            plugins=plugins,
         )
-        self.vocab_size, self.vocab_size_padded = vocab_size, vocab_size_padded
-        self._engine = GivenLogits(vocab_size, build, torch.device(device))
-        session = Session.from_engine(self._engine)
-        self._loop = GenerationSession(None, session, plugins=plugins, kv_cache=KVCacheConfig()).loop
-        self._loop.branches.planner.offers -= {"companions"}  # their logits nobody gives
         self._config: SamplingConfig | None = None
-        self._live: list[LiveRequest] = []
+        self._rows: Rows | None = None
 
     def setup(self, sampling_config: SamplingConfig, batch_size: int, max_sequence_length: int | None = None) -> None:
         """Begin a batch. What was decoded before is given up.
@@ -174,14 +168,14 @@ class GptDecoder:
         Raises:
             CapacityError: more sequences, or longer ones, than the decoder was made for.
         """
-        build = self._engine.config.build
-        length = max_sequence_length or build.max_seq_len
-        if batch_size > build.max_batch_size or length > build.max_seq_len:
+        most, longest = self._most
+        length = max_sequence_length or longest
+        if batch_size > most or length > longest:
             raise CapacityError(
-                f"{batch_size} sequences of {length} tokens; the decoder was made for {build.max_batch_size} of "
-                f"{build.max_seq_len}"
+                f"{batch_size} sequences of {length} tokens; the decoder was made for {most} of {longest}"
             )
-        self._give_up()
+        self._decoder.cancel()
+        self._rows = None
         self._config, self._batch, self._length = sampling_config, batch_size, length
 
     def get_sampling_config(self) -> SamplingConfig:
@@ -202,44 +196,41 @@ class GptDecoder:
         config, shape = self.get_sampling_config(), tuple(inputs.logits.shape)
         if len(shape) != 3 or (shape[0], shape[2]) != (self._batch, self.vocab_size_padded):
             raise ConfigError(f"logits {list(shape)} are not [{self._batch}, beams, {self.vocab_size_padded}]")
-        if not self._live:
-            self._begin(self._requests(config, output, inputs))
-        before = {
-            live: {tuple(branch.generated): branch.number for branch in live.running}
-            for live in self._live
-            if not live.over
-        }
-        running = [branch for live in before for branch in live.running]
-        if running:
-            rows = torch.tensor([int(branch.request.request_id) for branch in running], device=inputs.logits.device)
-            beams = torch.tensor([branch.number if branch.generated else 0 for branch in running], device=rows.device)
-            self._engine.logits = inputs.logits[rows, beams, : self.vocab_size].float()
-            slots = [branch.slot for branch in running]
-            known, cached = self._loop.branches.slots.lengths, self._loop.cache.cached
-            self._loop.step(slots, [int(known[slot] - cached[slot]) for slot in slots])
-        for row, live in enumerate(self._live):
-            if live in before:
-                _write(output, row, live, before[live])
-        return all(live.over for live in self._live)
+        decoder, rows = self._decoder, self._rows
+        if rows is None:
+            rows = decoder.begin(*self._requests(config, output, inputs))
+        before = {row: {one.tokens: beam for beam, one in decoder.sequences(row).items()} for row in rows.prompts}
+        if len(rows):
+            place = torch.tensor([rows.prompts, rows.branches], device=inputs.logits.device)
+            rows = decoder.step(inputs.logits[place[0], place[1]])
+        self._rows = rows
+        for error in decoder.errors:
+            if error is not None:
+                raise error
+        for row, beams in before.items():
+            self._write(output, row, beams, over=row not in rows.prompts)
+        return decoder.over
 
-    def _begin(self, requests: Sequence[Request]) -> None:
-        """All of them, or none."""
-        try:
-            for request in requests:
-                live = self._loop.admit(request)
-                assert live is not None, "a batch fits: setup checked its size"
-                self._live.append(live)
-        except Exception:
-            self._give_up()
-            raise
+    def _write(self, output: DecodingOutput, row: int, before: Mapping[Sequence[int], int], over: bool) -> None:
+        """What a request has so far, into its row: its beams while they run, what it returns once it is over.
 
-    def _give_up(self) -> None:
-        for live in self._live:
-            if not live.over:
-                self._loop.end(live, "cancelled")
-        self._live = []
+        ``before`` says which beam had generated which tokens before the step.
+        """
+        prompt = self._prompts[row]
+        for beam, one in self._decoder.sequences(row).items():
+            start, end = len(prompt), len(prompt) + len(one.tokens)
+            output.ids[row, beam, :end] = torch.tensor([*prompt, *one.tokens], dtype=torch.int32)
+            output.lengths[row, beam] = start + one.length
+            output.new_tokens[row, beam] = one.tokens[-1] if one.tokens else 0
+            output.parent_ids[row, beam] = before.get(one.tokens[:-1], 0)
+            output.finished[row, beam] = over
+            output.log_probs[row, beam, start : start + len(one.log_probs)] = torch.tensor(one.log_probs)
+            output.cum_log_probs[row, beam] = one.cum_log_prob
 
-    def _requests(self, config: SamplingConfig, output: DecodingOutput, inputs: DecodingInput) -> list[Request]:
+    def _requests(
+        self, config: SamplingConfig, output: DecodingOutput, inputs: DecodingInput
+    ) -> tuple[list[list[int]], list[CoreConfig]]:
+        """Prompts, and what is asked of each."""
         given = {each.name: getattr(config, each.name) for each in fields(config)}
         columns = {name: value for name, value in given.items() if value is not None and name != "beam_width"}
         words = {name: getattr(inputs, name) for name in ("stop_words_list", "bad_words_list")}
@@ -253,29 +244,10 @@ class GptDecoder:
             limits = inputs.sequence_limit_length.tolist()
         defaults = {"random_seed": 0, "top_k": 0, **({"length_penalty": 0.0} if config.beam_width > 1 else {})}
         configs = CoreConfig.for_batch(self._batch, **defaults | columns, num_beams=config.beam_width)
-        out = []
-        for row, (prompt, end) in enumerate(zip(prompts, inputs.end_ids.tolist(), strict=True)):
-            own = {"end_id": () if end < 0 else end, "max_new_tokens": limits[row] - len(prompt)}
-            sampling = configs[row].replace(**own, output_log_probs=True, output_cum_log_probs=True)
-            out.append(Request(str(row), tuple(prompt), sampling))
-        return out
-
-
-def _write(output: DecodingOutput, row: int, live: LiveRequest, before: Mapping[tuple[int, ...], int]) -> None:
-    """What a request has so far, into its row: its beams while they run, what it returns once it is over.
-
-    ``before`` says which beam had generated which tokens before the step.
-    """
-    if live.error is not None:
-        raise live.error
-    shown = live.standing() if live.over else {branch.number: branch.hypothesis("") for branch in live.running}
-    start = len(live.request.prompt)
-    for beam, one in shown.items():
-        end = start + len(one.tokens)
-        output.ids[row, beam, :end] = torch.tensor([*live.request.prompt, *one.tokens], dtype=torch.int32)
-        output.lengths[row, beam] = start + one.length
-        output.new_tokens[row, beam] = one.tokens[-1] if one.tokens else 0
-        output.parent_ids[row, beam] = before.get(tuple(one.tokens[:-1]), 0)
-        output.finished[row, beam] = live.over
-        output.log_probs[row, beam, start : start + len(one.log_probs)] = torch.tensor(one.log_probs)
-        output.cum_log_probs[row, beam] = one.cum_log_prob
+        own = [
+            {"end_id": () if end < 0 else end, "max_new_tokens": limit - len(prompt)}
+            for prompt, end, limit in zip(prompts, inputs.end_ids.tolist(), limits, strict=True)
+        ]
+        self._prompts = prompts
+        scored = {"output_log_probs": True, "output_cum_log_probs": True}
+        return prompts, [each.replace(**one, **scored) for each, one in zip(configs, own, strict=True)]
