@@ -43,7 +43,7 @@ PARAMETERS = {
 }
 """As the models' cards count them, a tied head once."""
 
-TINY = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SMALL = ("--repeats", "1", "--new-tokens", "4", "--prompt-len", "5", "--prefill-len", "9", "--batch", "1,3")
 
@@ -68,7 +68,7 @@ def test_random_weights_are_the_same_for_a_seed_and_no_number_is_lost(tiny: str)
     tokens = [runner.generate([[1, 2, 3]], max_new_tokens=8, end_id=()).tolist() for runner in (first, again, other)]
     assert tokens[0] == tokens[1] != tokens[2]
     sizes = {name: tuple(one.shape) for name, one in first.session.engine.module.named_parameters()}
-    assert sizes["embedding.weight"] == (101, 32)
+    assert sizes["embedding.weight"] == (101, 64)
     assert first.config.source == "tiny"
     assert first.tokenizer is None
 
@@ -79,6 +79,20 @@ def test_bench_of_a_shape(cli: Callable, tiny: str) -> None:
     assert [row["name"] for row in found["rows"]] == ["prefill 9", "decode, batch 1", "decode, batch 3"]
     assert all(row["ours"] > 0 for row in found["rows"])
     assert found["memory"] == {}
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_random_weights_that_are_quantised(quant: str, tiny: str, cli: Callable) -> None:
+    """Fewer bytes, and logits that are numbers."""
+    limits = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 32}
+    plain = random_runner(tiny, BuildConfig(**limits), "cpu")
+    runner = random_runner(tiny, BuildConfig(**limits, quantization={"weights": quant}), "cpu")
+    assert runner.config.quantization is not None
+    assert runner.context_mem_size < plain.context_mem_size
+    output = runner.generate([[1, 2, 3]], max_new_tokens=4, end_id=(), return_dict=True, output_log_probs=True)
+    assert all(math.isfinite(one) for one in output["outputs"][0].log_probs)
+    found = json.loads(cli("bench", "--shape", tiny, *SMALL, "--no-memory", "--json", "--quant", quant).stdout)
+    assert found["quantization"] == quant
 
 
 def test_the_peer_of_a_shape_is_random_too(cli: Callable, tiny: str) -> None:
@@ -94,6 +108,8 @@ def test_the_peer_of_a_shape_is_random_too(cli: Callable, tiny: str) -> None:
         ((), "name an engine, or a shape"),
         (("engine", "--shape", "gpt2"), "name an engine, or a shape"),
         (("engine", "--dtype", "float32"), "an engine has its own"),
+        (("engine", "--quant", "int4"), "an engine has its own"),
+        (("--shape", "gpt2", "--quant", "int3"), "int3"),
         (("--shape", "llama-9"), "there is no shape 'llama-9' (known: "),
         (("--shape", "gpt2", "--prompt-len", "2000"), "beyond the 1024 positions"),
         (("--shape", "gpt2", "--peer", "llama.cpp"), "reads GGUF files"),

@@ -65,7 +65,7 @@ def bench(
     if mode == "throughput":
         trace = served.make()
         slots = served.slots or min(len(trace.requests), 256)
-        subject = subject_of(engine, what.shape, what.dtype, trace.limits(slots))
+        subject = subject_of(engine, what.shape, what.random(), trace.limits(slots))
         if served.slots is not None and subject.engine:
             raise ConfigError("--slots is for random weights (--shape): an engine was built for its own")
         found = _throughput(run, subject, trace, what.peer, what.checkpoint)
@@ -73,7 +73,7 @@ def bench(
         found = _scale(run, engine, what, work)
     else:
         lengths = work.lengths("prefill" if mode == "prefill" else "latency")
-        subject = subject_of(engine, what.shape, what.dtype, lengths.limits())
+        subject = subject_of(engine, what.shape, what.random(), lengths.limits())
         found = _latency(run, subject, lengths, what.peer, what.checkpoint)
         if plot is not None:
             plot_rows(found, plot)
@@ -112,13 +112,14 @@ class _Run:
         """What belongs beside any figure."""
         import torch
 
+        quantized = runner.config.quantization
         return {
             "name": subject.name,
             "engine": subject.engine or None,
             "shape": subject.shape or None,
             "backend": runner.config.backend.name,
             "dtype": runner.config.model.dtype,
-            "quantization": runner.config.quantization,
+            "quantization": quantized and quantized.weights,
             "device": str(runner.device),
             "device_name": _device_name(runner.device),
             "threads": torch.get_num_threads(),
@@ -194,7 +195,7 @@ def _throughput(run: _Run, subject: Subject, trace: Trace, peer: str | None, che
 
 def _scale(run: _Run, engine: Path | None, what: SubjectOptions, work: WorkOptions) -> dict[str, Any]:
     batches, queues = work.scale(None)
-    subject = subject_of(engine, what.shape, what.dtype, scale.limits(batches))
+    subject = subject_of(engine, what.shape, what.random(), scale.limits(batches))
     batches, queues = work.scale(subject.config().build.max_batch_size)
     run.warn()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:

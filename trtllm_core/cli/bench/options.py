@@ -37,8 +37,14 @@ class SubjectOptions:
         str | None, _option("Instead of ENGINE: random weights of a model such as llama-3-8b.", "What")
     ] = None
     dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
+    quant: Annotated[str | None, _option("Of random weights: int4 or int8 (default: the dtype).", "What")] = None
     peer: Annotated[str | None, _option("Compare with it: transformers, llama.cpp.", "What")] = None
     checkpoint: Annotated[Path | None, _option("The peer's weights (default: beside the engine).", "What")] = None
+
+    def random(self) -> dict[str, Any]:
+        """Of random weights, what ``BuildConfig`` says of them."""
+        quant = None if self.quant is None else {"weights": self.quant}
+        return {name: value for name, value in (("dtype", self.dtype), ("quantization", quant)) if value is not None}
 
     def given(self) -> list[str]:
         """Names of the options of the peer that were set. All modes take the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trtllm_core.cli.bench.shapes import find_shape
 from trtllm_core.errors import ConfigError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _SPREAD = 0.02
 """Standard deviation of the matrices: small, as models are initialised, so that half precision does not overflow."""
+_STEP = 0.004
+"""What a code of a quantised weight is worth: about as much spread, of 4 bits."""
 
 
 def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) -> ModelRunner:
@@ -30,7 +32,7 @@ def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) ->
     """
     import torch
 
-    from trtllm_core.backends.modules import meta_module, parameter_shapes
+    from trtllm_core.backends.modules import meta_module
     from trtllm_core.backends.torch.backend import TorchBackend, check_device
     from trtllm_core.engine.build import plan_engine
     from trtllm_core.parallel import TensorParallel
@@ -42,20 +44,23 @@ def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) ->
     if not isinstance(backend, TorchBackend) or build.tp_size > 1:
         raise ConfigError("random weights run on the torch backend, on one rank; build an engine for anything else")
     place = check_device(torch.device(device), config, False)
-    if config.quantization is not None:
-        raise ConfigError("random weights are not quantised: leave quantization out, or build an engine")
     random = torch.Generator(place).manual_seed(seed)
     rank = TensorParallel()
-    dtype = getattr(torch, config.model.dtype)
-    shapes = parameter_shapes(meta_module(config, family, rank))
-    tensors = {name: _weight(name, size, dtype, random) for name, size in shapes.items()}
+    module = meta_module(config, family, rank)
+    tensors = {name: _weight(name, one, random) for name, one in module.named_parameters()}
     return ModelRunner.from_engine(backend.assemble(tensors, config, family, place, rank), plugins=plugins)
 
 
-def _weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
+def _weight(name: str, parameter: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """What takes the place of a parameter without memory. Codes of quantised weights are all alike in likelihood."""
     import torch
 
-    options: dict[str, Any] = {"dtype": dtype, "device": random.device}
-    if len(shape) > 1:
-        return torch.empty(shape, **options).normal_(0, _SPREAD, generator=random)
-    return torch.ones(shape, **options) if name.endswith("weight") else torch.zeros(shape, **options)
+    weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=random.device)
+    if parameter.dtype == torch.uint8:
+        return weight.random_(0, 256, generator=random)
+    part = name.rsplit(".", 1)[-1]
+    if part in ("scales", "offsets"):
+        return weight.fill_(_STEP if part == "scales" else 0.0)
+    if weight.ndim > 1:
+        return weight.normal_(0, _SPREAD, generator=random)
+    return weight.fill_(1.0 if part == "weight" else 0.0)

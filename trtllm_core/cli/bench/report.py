@@ -62,7 +62,8 @@ def print_scale(found: dict[str, Any]) -> None:
 
 
 def _title(found: dict[str, Any]) -> str:
-    return f"{found['name']}: {found['dtype']} on {found['device']}, {found['threads']} threads"
+    weights = f", {found['quantization']} weights" if found["quantization"] else ""
+    return f"{found['name']}: {found['dtype']}{weights} on {found['device']}, {found['threads']} threads"
 
 
 def _memory(name: str, found: dict[str, Any], device: str) -> list[tuple[str, str]]:

@@ -56,20 +56,20 @@ class Subject:
         return asdict(self)
 
 
-def subject_of(engine: Path | None, shape: str | None, dtype: str | None, limits: dict[str, int]) -> Subject:
+def subject_of(engine: Path | None, shape: str | None, weights: dict[str, Any], limits: dict[str, int]) -> Subject:
     """What the command line names.
 
     Args:
-        dtype: of random weights; None is the published one.
+        weights: ``dtype`` and ``quantization`` of random weights, where they are not the published ones.
         limits: that a shape's engine needs: ``max_batch_size`` and its like. An engine on disk has its own.
 
     Raises:
-        ConfigError: both or neither are named, or a dtype for an engine that has one.
+        ConfigError: both or neither are named, or something of random weights for an engine that has its own.
     """
     if (engine is None) == (shape is None):
         raise ConfigError("name an engine, or a shape with --shape NAME, and not both")
     if engine is not None:
-        if dtype is not None:
-            raise ConfigError("--dtype is for random weights (--shape): an engine has its own")
+        if weights:
+            raise ConfigError("--dtype and --quant are for random weights (--shape): an engine has its own")
         return Subject(engine=str(engine))
-    return Subject(shape=str(shape), limits={**limits, **({} if dtype is None else {"dtype": dtype})})
+    return Subject(shape=str(shape), limits={**limits, **weights})
