@@ -2,150 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Generic
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-
-from trtllm_core.checkpoint import Tokenizer
 from trtllm_core.config import SamplingConfig
 from trtllm_core.errors import ConfigError
-from trtllm_core.plugin import Example
 from trtllm_core.plugin.versions import CORE
+from trtllm_core.testing.devicechecks import DeviceChecks
 from trtllm_core.testing.generations import generate, new_runner
-from trtllm_core.testing.kit import Conformance, cuda, need_gpu, passed_over, require
-from trtllm_core.testing.letters import letter_tokenizer
-from trtllm_core.testing.lives import G, Life, Rig, Setting
-from trtllm_core.testing.subject import Case, Kind, Subject, resolve
-from trtllm_core.testing.watch import HostWait, Operation, no_waiting, operations
-
-END_IDS = (9,)
-"""Of the tokenizer that kits make themselves; random texts hold it."""
+from trtllm_core.testing.kit import passed_over, require
+from trtllm_core.testing.lives import G
+from trtllm_core.testing.subject import Case
 
 
-class SlotConformance(Conformance, Generic[G]):
+class SlotConformance(DeviceChecks[G]):
     """The life of a slot: begin, commit, fork, rewind, end, and begin again.
 
     Every check lives through random texts and compares what the plugin says of each slot with what a new object of it
     says that was told the same text from its beginning, one token at a time.
     """
-
-    params: ClassVar[Sequence[Mapping[str, Any]]] = ()
-    """Parameters to try. Where neither these nor ``sampling`` are given, the plugin's own ``examples`` are tried."""
-    sampling: ClassVar[Sequence[Mapping[str, Any]]] = ()
-    """Fields of SamplingConfig to try, each with each of ``params``."""
-    vocab_size: ClassVar[int] = 40
-    """Of the model that is tried. Random texts are mostly of its first tokens."""
-    tokenizer: ClassVar[Tokenizer | None] = None
-    """Of the model that is tried; None makes one of ``vocab_size`` tokens that are words of letters."""
-    lives: ClassVar[int] = 4
-    """How many random lives each check tries."""
-
-    offers: ClassVar[frozenset[str]] = frozenset({"text"})
-    """What a plugin may need, and is given."""
-    kind: ClassVar[Kind]
-    rig: type[G]
-    _subject: ClassVar[Subject]
-    _refusal: ClassVar[str]
-
-    @classmethod
-    def subject(cls) -> Subject:
-        """What is examined, found once for each kit."""
-        if "_subject" not in vars(cls):
-            cls._subject = resolve(cls.kind, cls.given(), cls.name)
-        return cls._subject
-
-    @classmethod
-    def cases(cls) -> list[Case]:
-        """The requests to try."""
-        subject, ends = cls.subject(), cls.setting().end_ids
-        return [subject.case(each.params, each.sampling, ends) for each in cls.examples()]
-
-    @classmethod
-    def examples(cls) -> Sequence[Example]:
-        """How to ask for it."""
-        if cls.params or cls.sampling:
-            return [Example(one, other) for one in cls.params or ({},) for other in cls.sampling or ({},)]
-        return cls.subject().make().examples or (Example(),)
-
-    @classmethod
-    def setting(cls, device: str = "cpu") -> Setting:
-        """What rigs are made for."""
-        tokenizer = cls.tokenizer or letter_tokenizer(cls.vocab_size, END_IDS)
-        return Setting(cls.subject(), cls.vocab_size, tokenizer, device)
-
-    def life(self, seed: int, chunk: int = 1, device: str = "cpu") -> Life[G]:
-        """A new plugin, whose slots have lived a little."""
-        self.skip_unless_it_can_run()
-        life = Life(self.rig(self.setting(device)), self.cases(), chunk, seed)
-        life.grow(3)
-        return life
-
-    def skip_unless_it_can_run(self) -> None:
-        """What a plugin needs beside tokens and text is not here."""
-        capabilities = self.subject().make().capabilities
-        missing = capabilities.needs - self.offers
-        if missing:
-            passed_over(f"it needs {', '.join(sorted(missing))}, which this kit cannot give it")
-        if why := self.refusal():
-            passed_over(f"it cannot be asked for like this: {why}")
-
-    @classmethod
-    def refusal(cls) -> str:
-        """Why the requests to try are refused; empty where they are not. Found once for each kit."""
-        if "_refusal" not in vars(cls):
-            try:
-                for case in cls.cases():
-                    cls.begins(case)
-                cls._refusal = ""
-            except ConfigError as error:
-                cls._refusal = str(error)
-        return cls._refusal
-
-    def speculates(self) -> bool:
-        """Whether it says that it can take part in verify steps, and give tokens back."""
-        return getattr(self.subject().make().capabilities, "speculation", "rewind") != "none"
-
-    def skip_unless_it_speculates(self) -> None:
-        """Nothing of the sort is promised."""
-        if not self.speculates():
-            passed_over('it declares speculation="none": requests that use it verify no drafts')
-
-    def on_device(self) -> bool:
-        """Whether it works on tensors of all rows at once."""
-        return True
-
-    def same(self, rig: Rig[Any], other: Rig[Any], after: str) -> None:
-        """Both must answer alike for all live slots."""
-        self.same_answers(rig, rig.answers(list(rig.branches)), other.answers(list(rig.branches)), after)
-
-    def same_answers(self, rig: Rig[Any], found: Mapping[int, Any], due: Mapping[int, Any], after: str) -> None:
-        """The answers must be those that are due."""
-        for slot, answer in found.items():
-            difference = rig.difference(answer, due[slot])
-            branch = rig.branches[slot]
-            text = f"text {list(branch.prompt)} + {list(branch.generated)}"
-            require(not difference, f"{after}: {difference} (slot {slot}, {branch.case}, {text})")
-
-    @classmethod
-    def begins(cls, case: Case) -> None:
-        """A request begins.
-
-        Raises:
-            ConfigError: the plugin refuses it.
-        """
-        Life(cls.rig(cls.setting()), [case])
-
-    def test_it_can_be_asked_for(self) -> None:
-        """A request with these parameters and fields is planned, and begins."""
-        why = self.refusal()
-        if why and not self.params and self.subject().takes_objects():
-            passed_over(f"its parameters are no JSON, give them by `params`: {why}")
-        require(not why, f"it refuses the requests to try: {why}; give other `params` or `sampling`")
-
-    # -- state ---------------------------------------------------------------------------------------------------
 
     def test_asking_moves_no_state(self) -> None:
         """State moves in ``commit`` alone: a step that is asked twice is answered alike."""
@@ -239,114 +114,6 @@ class SlotConformance(Conformance, Generic[G]):
                 after = "after commits, forks, rewinds and restarts, it answers differently"
                 self.same(life.rig, life.rig.replayed(), after)
 
-    # -- the device ----------------------------------------------------------------------------------------------
-
-    def ask_all(self, life: Life[G]) -> None:
-        """All that the loop does between two ``begin``."""
-        rig = life.rig
-        rig.answers(list(rig.branches))
-
-    def test_the_host_never_waits(self) -> None:
-        """Device code brings no value to the host, and has no shape that depends on data."""
-        if not self.on_device():
-            passed_over("it is a host plugin")
-        life = self.life(0)
-        life.rig.watch = lambda _: no_waiting()
-        try:
-            self.ask_all(life)
-            life.rig.commit({slot: life.tokens(1) for slot in life.rig.branches})
-            life.rig.fork([(0, 1), (1, 0)])
-            if self.speculates():
-                life.rig.rewind(0, 1)
-        except HostWait as wait:
-            raise AssertionError(f"it is a device plugin, but {wait}") from wait
-
-    def test_shapes_are_fixed(self) -> None:
-        """What may be captured in a CUDA graph runs the same operations on the same shapes, whatever the data."""
-        capabilities = self.subject().make().capabilities
-        if not capabilities.graph_safe or not self.on_device():
-            passed_over("it does not declare graph_safe")
-        rig = (life := self.life(0)).rig
-        traces: list[tuple[Hashable, list[Operation]]] = []
-        for _ in range(4):
-            trace: list[Operation] = []
-            rig.watch = functools.partial(operations, trace)
-            self.ask_all(life)
-            rig.commit({slot: life.tokens(1) for slot in rig.branches})
-            traces.append((rig.plugin.graph_key, trace))
-        for (key, one), (other, two) in itertools.pairwise(traces):
-            if key == other and one != two:
-                raise AssertionError(f"it declares graph_safe, but two steps ran {_parting(one, two)}")
-
-    def test_graph_key(self) -> None:
-        """It is hashable, and changes where slots begin and end alone."""
-        for seed in range(self.lives):
-            life = self.life(seed)
-            rig = life.rig
-            key = rig.plugin.graph_key
-            require(isinstance(key, Hashable), f"its graph_key {key!r} is not hashable")
-            rig.answers(list(rig.branches))
-            rig.commit(rig.possible({slot: life.tokens(1) for slot in rig.branches}))
-            rig.fork([(0, 1), (1, 0)])
-            require(rig.plugin.graph_key == key, "its graph_key changed, though no slot began or ended")
-
-    @cuda
-    def test_gpu_equals_cpu(self) -> None:
-        """On a GPU it answers as on the CPU."""
-        device = need_gpu()
-        for seed in range(2):
-            here, there = self.life(seed), self.life(seed, device=device)
-            for life in (here, there):
-                life.grow(3)
-                life.fork()
-            self.alike_on_gpu(here.rig, there.rig)
-
-    def alike_on_gpu(self, here: G, there: G) -> None:
-        """Two rigs that lived the same, one of them on a GPU, answer alike."""
-        found = {s: a.cpu() if hasattr(a, "cpu") else a for s, a in there.answers(list(there.branches)).items()}
-        self.same_answers(here, found, here.answers(list(here.branches)), "on a GPU it answers differently")
-
-    @cuda
-    def test_gpu_never_waits(self) -> None:
-        """On a GPU, a step passes torch's sync debug mode."""
-        device = need_gpu()
-        if not self.on_device():
-            passed_over("it is a host plugin")
-        from trtllm_core.testing.gpu import sync_errors
-
-        life = self.life(0, device=device)
-        self.ask_all(life)  # once before: what is compiled or loaded at the first call may wait
-        life.rig.watch = sync_errors
-        self.ask_all(life)
-        life.rig.commit({slot: life.tokens(1) for slot in life.rig.branches})
-        life.rig.fork([(0, 1), (1, 0)])
-
-    @cuda
-    def test_gpu_graphs(self) -> None:
-        """What declares ``graph_safe`` is captured once and replayed as the texts go on, with the same answers."""
-        device = need_gpu()
-        if not self.subject().make().capabilities.graph_safe or not self.on_device():
-            passed_over("it does not declare graph_safe")
-        from trtllm_core.testing.gpu import GraphedCommits, captured
-
-        eager, life = self.life(1, device=device), self.life(1, device=device)
-        slots = list(life.rig.branches)
-        plain, again = self.question(eager.rig, slots), self.question(life.rig, slots)
-        graph, answer = captured(again, warm=True)
-        commits = GraphedCommits(life.rig, slots)
-        for step in range(5):
-            graph.replay()
-            due = plain()
-            same = torch.allclose(answer.float(), due.float(), rtol=1e-4, atol=1e-4)
-            require(same, f"replayed from a CUDA graph, it answers differently after {step} steps")
-            new = {slot: eager.tokens(1) for slot in slots}
-            eager.rig.commit(new)
-            commits.commit(new)
-
-    def question(self, rig: G, slots: Sequence[int]) -> Callable[[], torch.Tensor]:
-        """A call of the plugin on tensors that stay where they are; what it returns."""
-        raise NotImplementedError
-
     # -- requests ------------------------------------------------------------------------------------------------
 
     def test_wrong_parameters_are_refused(self) -> None:
@@ -396,12 +163,3 @@ class SlotConformance(Conformance, Generic[G]):
             require(one == both, f"in a batch, a request gets {both}, and alone {one} ({sampling!r})")
         (idle,) = generate(self.setting(), [[2]], [other])
         require(idle == together[-1], "a request that did not ask for it gets other tokens beside one that did")
-
-
-def _parting(one: Sequence[Operation], two: Sequence[Operation]) -> str:
-    """Where two lists of operations first differ."""
-    at, pair = next((i, pair) for i, pair in enumerate(itertools.zip_longest(one, two)) if pair[0] != pair[1])
-    first, second = (
-        "nothing" if each is None else f"{each[0]} on {[list(shape) for shape, _ in each[1]]}" for each in pair
-    )
-    return f"different operations: number {at} was {first}, and then {second}"
