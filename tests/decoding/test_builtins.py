@@ -90,10 +90,12 @@ ASKED = {
 
 
 PARAMS = {"confidence": {"above": 0.9}, "repetition": {"max_size": 3}, "diverse_beam_search": {"groups": 1}}
+NEED_AN_ENGINE = {"draft_model", "contrastive_search"}
+"""Decoders that run one, or look at its hidden states, on the host."""
 DEVICE = [
     entry
     for entry in ENTRIES
-    if not issubclass(entry.load(), HostStoppingCriterion) and entry.name != "draft_model"  # which needs an engine
+    if not issubclass(entry.load(), HostStoppingCriterion) and entry.name not in NEED_AN_ENGINE
 ]
 
 
