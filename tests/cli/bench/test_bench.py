@@ -44,7 +44,8 @@ def test_bench_with_a_peer(cli: Callable, tiny_engine: Path, tiny_checkpoint: Pa
     for row in found["rows"]:
         assert len(row["ours_runs"]) == len(row["peer_runs"]) == 2
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
-    assert found["rows"][0]["limit"] is None
+    assert found["rows"][0]["limit"] is found["rows"][0]["cpu_ms_per_token"] is None
+    assert min(found["rows"][1]["cpu_ms_per_token"], found["rows"][1]["peer_cpu_ms_per_token"]) > 0
     assert found["rows"][1]["of_limit"] > 0
     assert found["peer"].startswith("transformers ")
     assert found["threads"] == 1

@@ -72,6 +72,7 @@ def test_bench_beside_llama_cpp(cli: Callable, tiny_engine: Path, tiny_gguf: Pat
     found = json.loads(cli("bench", tiny_engine, *small, *peer, "--json").stdout)
     assert found["peer"].startswith("llama.cpp ")
     assert all(row["ratio"] == pytest.approx(row["ours"] / row["peer"]) for row in found["rows"])
+    assert found["rows"][1]["peer_cpu_ms_per_token"] > 0
     assert found["memory"]["llama.cpp"]["peak"] > 0
 
 

@@ -59,16 +59,16 @@ class LlamaCppPeer:
         try:
             start = clock()
             tokens = [self._read(batch, sequence, prompt) for sequence, prompt in enumerate(prompts)]
-            times, chosen = [clock()], [tokens]
+            times, chosen, busy = [clock()], [tokens], time.process_time()
             for position in range(work.prompt_len, work.prompt_len + work.new_tokens - 1):
                 tokens = self._step(batch, tokens, position)
                 times.append(clock())
                 chosen.append(tokens)
         finally:
             lib.llama_batch_free(batch)
-        self.chosen = chosen
+        self.chosen, busy = chosen, time.process_time() - busy
         made = work.batch * (work.new_tokens - 1)
-        return Timing(times[0] - start, times[-1] - times[0], made, gaps([times]) * work.batch)
+        return Timing(times[0] - start, times[-1] - times[0], made, gaps([times]) * work.batch, busy)
 
     def _fit(self, work: Workload) -> None:
         """A context with room for the work; the one before it is kept where it has."""

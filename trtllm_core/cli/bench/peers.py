@@ -77,12 +77,12 @@ class TransformersPeer:
                 ids, attention_mask=mask, max_new_tokens=work.new_tokens, stopping_criteria=[clock], **self._options
             )
             synchronize(self._device)
-            end = time.perf_counter()
+            end, busy = time.perf_counter(), time.process_time()
         if out.shape[1] != work.prompt_len + work.new_tokens:
             made = out.shape[1] - work.prompt_len
             raise BackendError(f"{self.name} made {made} tokens instead of {work.new_tokens}: it cannot be compared")
         first, made = clock.times[0], work.batch * (work.new_tokens - 1)
-        return Timing(first - start, end - first, made, gaps([clock.times]) * work.batch)
+        return Timing(first - start, end - first, made, gaps([clock.times]) * work.batch, busy - clock.busy)
 
 
 class _Clock:
@@ -91,10 +91,12 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.times: list[float] = []
+        self.busy = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if not self.times:
             synchronize(self._device)  # the first token is there when it is; of later ones generate itself waits
+            self.busy = time.process_time()
         self.times.append(time.perf_counter())
         return input_ids.new_zeros(input_ids.shape[0], dtype=bool)  # type: ignore[call-overload,no-any-return]
 

@@ -36,6 +36,8 @@ class Row:
             "peer_first_token_ms": _ms(median([one.prefill_seconds for one in self.peer])),
             "between_p50_ms": _ms(percentile(gaps, 0.5)),
             "between_p99_ms": _ms(percentile(gaps, 0.99)),
+            "cpu_ms_per_token": _cpu_ms(self.ours),
+            "peer_cpu_ms_per_token": _cpu_ms(self.peer),
             "ours_runs": ours_runs,
             "peer_runs": peer_runs,
         }
@@ -52,6 +54,10 @@ def batch_speedup(rows: Sequence[Row]) -> float | None:
     }
     one, most = rates.get(1), rates.get(max(rates, default=1))
     return most / one if one and most and len(rates) > 1 else None
+
+
+def _cpu_ms(runs: Sequence[Timing]) -> float | None:
+    return _ms(median([one.cpu_seconds / one.decode_tokens for one in runs if one.decode_tokens]))
 
 
 def _ms(seconds: float | None) -> float | None:

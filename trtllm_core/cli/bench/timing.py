@@ -29,6 +29,8 @@ class Timing:
     decode_tokens: int
     gaps: tuple[float, ...] = ()
     """Between each sequence's tokens that came one after the other; empty where nobody looked."""
+    cpu_seconds: float = 0.0
+    """That all threads of the process computed while it decoded: what other work on the machine hardly changes."""
 
     def rate(self, work: Workload) -> float:
         """Tokens a second: of prompts where only those count, else generated ones."""
@@ -46,6 +48,7 @@ def time_engine(runner: ModelRunner, work: Workload) -> Timing:
     waiting, late = {str(i) for i in range(work.batch)}, 0
     times: dict[str, list[float]] = {name: [] for name in waiting}
     clock = time.perf_counter
+    busy = time.process_time()
     started = first = clock()
     for delta in runner.generate(prompts, sampling, streaming=True):
         now = clock()
@@ -53,10 +56,11 @@ def time_engine(runner: ModelRunner, work: Workload) -> Timing:
         if waiting:
             waiting.discard(delta.request_id)
             if not waiting:
-                first = now
+                first, busy = now, time.process_time()
         else:
             late += len(delta.tokens)
-    return Timing(first - started, clock() - first, late, gaps(times.values()))
+    decoding = clock() - first
+    return Timing(first - started, decoding, late, gaps(times.values()), time.process_time() - busy)
 
 
 def gaps(times: Iterable[Sequence[float]]) -> tuple[float, ...]:
