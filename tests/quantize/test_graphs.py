@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import pytest
 
+from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, QuantizationConfig
 from trtllm_core.engine.build import build_engine, plan_engine
 from trtllm_core.errors import ConfigError
@@ -60,9 +61,46 @@ def test_one_scale_a_row_is_refused(checkpoint: Path, tmp_path: Path, plugins: P
         build(odd, tmp_path / "engine", plugins, weights="int8", group_size=0)
 
 
-def test_tensorrt_takes_none_yet(checkpoint: Path, plugins: Plugins) -> None:
-    from trtllm_core.checkpoint import open_checkpoint
+# TensorRT
 
-    wanted = LIMITS.replace(backend="tensorrt", quantization=QuantizationConfig(weights="int4"))
-    with pytest.raises(ConfigError, match="'tensorrt' takes no quantised weights"):
-        plan_engine(open_checkpoint(checkpoint), wanted, plugins)
+TRT = LIMITS.replace(backend="tensorrt", dtype="float16")
+
+
+@pytest.mark.parametrize(("wish", "dtype"), [("int4", "float16"), ("int8", "bfloat16")])
+def test_tensorrt_engines_keep_codes(checkpoint: Path, tmp_path: Path, plugins: Plugins, wish: Any, dtype: Any) -> None:
+    """The network passes its checks, and its graph computes what torch does with the same codes."""
+    pytest.importorskip("tensorrt_rtx")
+    wanted = TRT.replace(dtype=dtype, quantization=QuantizationConfig(weights=wish), options={"verify": True})
+    config = build_engine(checkpoint, tmp_path / "engine", wanted, plugins=plugins)
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == ["config.json", "rank0.engine"]
+    assert config.quantization is not None
+    assert {layer.form for layer in config.quantization.layers.values()} == {"symmetric"}
+    verified = config.record["verified"]
+    assert verified["largest_error"] < 5e-3 * verified["largest_logit"]
+
+
+def test_what_tensorrt_refuses(checkpoint: Path, quantised_gguf: Path, tmp_path: Path, plugins: Plugins) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    for source, fields, says in (
+        (
+            checkpoint,
+            {"quantization": QuantizationConfig(weights="int4", symmetric=False)},
+            "takes symmetric codes alone",
+        ),
+        (quantised_gguf, {"quantization": QuantizationConfig(weights="keep")}, "takes symmetric codes alone"),
+        (
+            checkpoint,
+            {"quantization": QuantizationConfig(weights="int4"), "options": {"weights": "inputs"}},
+            "are part of a TensorRT engine",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            build_engine(source, tmp_path / "engine", TRT.replace(**fields), plugins=plugins)
+
+
+def test_a_tied_table_stays_whole_for_tensorrt(tied: Path, plugins: Plugins) -> None:
+    wanted = TRT.replace(quantization=QuantizationConfig(weights="int4"))
+    config, _, _ = plan_engine(open_checkpoint(tied), wanted, plugins)
+    assert config.quantization is not None
+    assert "embedding" not in config.quantization.layers
+    assert len(config.quantization.layers) == 2 * 4

@@ -7,6 +7,7 @@ import torch
 from trtllm_core.checkpoint import Checkpoint
 from trtllm_core.config import BuildConfig, ModelConfig, Quantization
 from trtllm_core.errors import ConfigError
+from trtllm_core.nn import VocabParallelEmbedding
 from trtllm_core.nn.quantized import is_head, quantizable
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Backend, ModelFamily
@@ -33,6 +34,8 @@ def quantization_of(
     with torch.device("meta"):
         module = family.module(model, TensorParallel(0, build.tp_size))
     layers = dict(quantizable(module))
+    if "tables" not in backend.takes:
+        layers = {name: layer for name, layer in layers.items() if not isinstance(layer, VocabParallelEmbedding)}
     sizes = {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
     heads = frozenset(name for name, layer in layers.items() if is_head(layer))
     weights = family.weights(model, checkpoint)

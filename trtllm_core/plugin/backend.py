@@ -178,8 +178,8 @@ class Backend(ABC):
     """The tensors that its engines take."""
     takes: frozenset[str] = frozenset()
     """What they take besides, of ``lora``, ``prompt_tables``, ``quantization`` and, of quantised weights,
-    ``zero_points`` and ``offsets`` (see ``trtllm_core.config.quantization``). A build that asks for what is not here is
-    refused."""
+    ``zero_points``, ``offsets`` (see ``trtllm_core.config.quantization``) and ``tables``, embeddings that are the head.
+    A build that asks for what is not here is refused."""
 
     @abstractmethod
     def probe(self) -> Availability:

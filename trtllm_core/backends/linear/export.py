@@ -17,7 +17,7 @@ from trtllm_core.backends.linear import ops
 from trtllm_core.backends.linear.context import AttentionKind, LinearModule
 from trtllm_core.backends.linear.contract import cache_names
 from trtllm_core.backends.linear.ops import Dialect
-from trtllm_core.backends.linear.quantized import use_graph_products
+from trtllm_core.backends.linear.quantized import Signed, use_graph_products, write_signed
 from trtllm_core.config import EngineConfig
 from trtllm_core.nn import RMSNorm
 
@@ -39,7 +39,7 @@ class GraphOptions:
 
 
 def export_module(
-    module: nn.Module, config: EngineConfig, options: GraphOptions, file: str, stored: Mapping[str, tuple[int, int]]
+    module: nn.Module, config: EngineConfig, options: GraphOptions, file: Path, stored: Mapping[str, tuple[int, int]]
 ) -> Any:
     """The ONNX ``ModelProto`` of a family's module, whose parameters are external data in ``file``.
 
@@ -47,7 +47,7 @@ def export_module(
         module: with its weights in place (mapped ones are not read) and its tables prepared.
         config: of the engine.
         options: see there.
-        file: name of the weights' file, in the directory that the graph will lie in.
+        file: of the weights, in the directory that the graph will lie in. TensorRT's codes are written beside it.
         stored: offset and length of each parameter in it, in bytes.
     """
     for layer in module.modules():
@@ -76,7 +76,9 @@ def export_module(
             verbose=False,
         )
     assert program is not None
-    _place_weights(program.model, file, stored, options.weights_as_inputs)
+    if options.dialect == "tensorrt" and config.quantization is not None:
+        _place_signed(program.model, signed_file(file).name, write_signed(module, signed_file(file)))
+    _place_weights(program.model, file.name, stored, options.weights_as_inputs)
     proto = _stripped(program.model)
     if options.dialect == "tensorrt":
         ops.add_attention_body(proto, options.attention)
@@ -136,7 +138,7 @@ def _place_weights(model: Any, file: str, stored: Mapping[str, tuple[int, int]],
 
     for name, value in list(model.graph.initializers.items()):
         place = stored.get(name.removeprefix("module."))
-        if place is None:
+        if place is None or isinstance(value.const_value, onnx_ir.ExternalTensor):
             continue
         if as_inputs and len(value.shape) > 1:
             del model.graph.initializers[name]
@@ -144,6 +146,25 @@ def _place_weights(model: Any, file: str, stored: Mapping[str, tuple[int, int]],
             model.graph.inputs.append(value)
         else:
             value.const_value = onnx_ir.ExternalTensor(file, *place, value.dtype, shape=value.shape, name=name)
+
+
+def signed_file(weights: Path) -> Path:
+    """Where a graph for TensorRT has its codes, beside the other weights."""
+    return weights.with_suffix(".codes")
+
+
+def _place_signed(model: Any, file: str, signed: Mapping[str, Signed]) -> None:
+    """A parameter of packed bytes becomes the matrix of codes that it holds."""
+    import onnx_ir
+
+    for name, value in model.graph.initializers.items():
+        place = signed.get(name.removeprefix("module."))
+        if place is not None:
+            value.dtype = onnx_ir.DataType.INT4 if place.bits == 4 else onnx_ir.DataType.INT8
+            value.shape = onnx_ir.Shape(place.shape)
+            value.const_value = onnx_ir.ExternalTensor(
+                file, place.offset, place.nbytes, value.dtype, shape=value.shape, name=name
+            )
 
 
 def _stripped(model: Any) -> Any:

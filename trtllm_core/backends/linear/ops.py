@@ -106,7 +106,7 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
     """The ONNX nodes (opset 24) of each operator, as ``torch.onnx.export`` takes them."""
     import onnxscript
 
-    from trtllm_core.backends.linear.quantized import matmul_nbits
+    from trtllm_core.backends.linear.quantized import dequantize_linear, matmul_nbits
 
     op: Any = onnxscript.values.Opset("", 24)
     trt: Any = onnxscript.values.Opset("trt", 1)
@@ -148,9 +148,8 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
     if dialect == "tensorrt":
         _register_trt_attention()
     ours, aten = torch.ops.trtllm_core, torch.ops.aten
-    quantised = {ours.quantized_linear.default: matmul_nbits()} if dialect == "onnx" else {}
     return {
-        **quantised,
+        ours.quantized_linear.default: matmul_nbits() if dialect == "onnx" else dequantize_linear(),
         ours.kv_update.default: onnx_kv_update,
         ours.attention_lower_right.default: trt_attention_lower_right,
         ours.attention_masked.default: onnx_attention_masked if dialect == "onnx" else trt_attention_masked,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,3 +133,48 @@ def _register_matmul_nbits() -> None:
             ],
         )
     )
+
+
+def dequantize_linear() -> Callable[..., Any]:
+    """The translation for TensorRT, which keeps what ``DequantizeLinear`` reads as it is: signed, symmetric codes.
+
+    The codes come from a file of their own: see ``write_signed``.
+    """
+    import onnxscript
+
+    op: Any = onnxscript.values.Opset("", 24)
+
+    def translate(
+        x: Any, codes: Any, scales: Any, zero_points: Any, bits: int, group_size: int, accuracy_level: int
+    ) -> Any:
+        weight = op.DequantizeLinear(codes, scales, axis=1, block_size=group_size)
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    return translate
+
+
+def write_signed(module: nn.Module, file: Path) -> dict[str, Signed]:
+    """Write the codes of a module's quantised layers as ONNX's INT4 and INT8, by the names of their parameters.
+
+    A signed code is the unsigned one less the middle, which turns its highest bit.
+    """
+    places: dict[str, Signed] = {}
+    with file.open("wb") as out:
+        for name, layer in module.named_modules():
+            if isinstance(layer, Linear) and layer.quantized is not None:
+                how, codes = layer.quantized, layer.weight.detach()
+                signed = codes ^ (0x88 if how.bits == 4 else 0x80)
+                shape = (codes.shape[0], codes.shape[1] * how.group_size)
+                places[f"{name}.weight"] = Signed(how.bits, shape, out.tell(), signed.nbytes)
+                out.write(signed.contiguous().numpy().data)
+    return places
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A weight's codes in the file of ``write_signed``."""
+
+    bits: int
+    shape: tuple[int, int]
+    offset: int
+    nbytes: int

@@ -49,5 +49,5 @@ def write_weights_and_graph(
     fill(module, config, Weights(file, device).tensors, device)
     kind = kind_for(module, options.attention)
     path = file.with_suffix(".onnx")
-    write_graph(export_module(module, config, replace(options, attention=kind), file.name, places(file)), path)
+    write_graph(export_module(module, config, replace(options, attention=kind), file, places(file)), path)
     return path, kind

@@ -37,7 +37,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     contract = "padded_linear"
-    takes = frozenset({"quantization", "zero_points", "offsets"})
+    takes = frozenset({"quantization", "zero_points", "offsets", "tables"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""

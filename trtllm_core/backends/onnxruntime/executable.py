@@ -69,6 +69,8 @@ def open_session(path: Path, threads: int | None = None) -> onnxruntime.Inferenc
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Graphs for TensorRT dequantise before they multiply. Fused, the two would round activations to int8 as well.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.intra_op_num_threads = threads or torch.get_num_threads()
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

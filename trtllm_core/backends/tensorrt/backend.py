@@ -36,6 +36,7 @@ class TensorRTBackend(Backend):
 
     name = "tensorrt"
     contract = "padded_linear"
+    takes = frozenset({"quantization"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""
@@ -60,7 +61,7 @@ class TensorRTBackend(Backend):
             EngineUnsupportedError: TensorRT is not installed, or cannot build this model; or it would build it wrong.
             CheckpointError: the weights do not make up the family's module.
         """
-        from trtllm_core.backends.linear.export import GraphOptions
+        from trtllm_core.backends.linear.export import GraphOptions, signed_file
         from trtllm_core.backends.linear.writing import write_weights_and_graph
         from trtllm_core.backends.tensorrt.build import build_plan
 
@@ -68,6 +69,10 @@ class TensorRTBackend(Backend):
         check_limits(config, ("onnx", "onnxscript"), INSTALL["tensorrt_rtx"])
         trt = load_library(options.module)
         as_inputs = options.weights == "inputs"
+        if as_inputs and config.quantization is not None:
+            raise ConfigError(
+                "quantised weights are part of a TensorRT engine: leave the option weights or quantization"
+            )
         form = GraphOptions("tensorrt", options.attention, weights_as_inputs=as_inputs)
         file = directory / f"rank{rank}.safetensors"
         graph, kind = write_weights_and_graph(config, family, weights, file, form, _check_attention)
@@ -79,6 +84,7 @@ class TensorRTBackend(Backend):
         with path.open("wb") as out:
             out.write(plan)
         graph.unlink()
+        signed_file(file).unlink(missing_ok=True)
         if not as_inputs:
             file.unlink()
         return BuiltRank(path, (file,) if as_inputs else (), record)

@@ -37,7 +37,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     contract = "packed_paged"
-    takes = frozenset({"lora", "prompt_tables", "quantization", "zero_points", "offsets"})
+    takes = frozenset({"lora", "prompt_tables", "quantization", "zero_points", "offsets", "tables"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""
