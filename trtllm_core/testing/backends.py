@@ -21,6 +21,7 @@ from trtllm_core.plugin import (
     hookimpl,
 )
 from trtllm_core.runner import ModelRunner
+from trtllm_core.session import Session
 from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.kit import Conformance, passed_over, require
 
@@ -98,6 +99,11 @@ class BackendConformance(Conformance):
             require(isinstance(found, Inspection), f"inspect returned a {type(found).__name__}, no Inspection")
             require(found.told_by, "inspect does not say who tells it")
             problems = [one.found for one in self.backend().diagnose(path, config) if one.level == "problem"]
+            if problems:
+                try:
+                    Session.from_directory(directory, plugins=plugins)
+                except EngineUnsupportedError:
+                    passed_over(f"it builds, but cannot run here, and says so: {'; '.join(problems)}")
             require(not problems, f"diagnose has something against a new engine: {'; '.join(problems)}")
 
 
