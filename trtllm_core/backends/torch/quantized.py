@@ -55,7 +55,8 @@ class NativeProduct:
     def __init__(self, weight: QuantizedWeight, kernels: Kernels, product: MatMul) -> None:
         self._kernels, self._product = kernels, product
         self._memory = _with_offsets(weight)  # the structures point into it
-        self._whole = _structure(self._memory)
+        self._bases = _bases(self._memory)
+        self._whole = _structure(self._memory, self._bases)
         self._pieces = [_structure(piece) for piece in _pieces(self._memory)]
         self._most = DIRECT_UP_TO * self._whole.inputs
 
@@ -84,13 +85,22 @@ def _with_offsets(weight: QuantizedWeight) -> QuantizedWeight:
     return QuantizedWeight(how, weight.codes, weight.scales, None, -weight.scales * zeros.squeeze(-1))
 
 
-def _structure(weight: QuantizedWeight) -> Quantized:
+def _bases(weight: QuantizedWeight) -> torch.Tensor:
+    """float32 ``[out, groups]``: what a code of 0 is worth. The product of codes leaves it to a sum a group."""
+    if weight.offsets is not None:
+        return weight.offsets
+    return weight.scales * -weight.middle
+
+
+def _structure(weight: QuantizedWeight, bases: torch.Tensor | None = None) -> Quantized:
+    """``bases``: for products; without, it can only be dequantised."""
     out, groups = weight.scales.shape
     symmetric = weight.offsets is None
     return Quantized(
         codes=weight.codes.data_ptr(),
         scales=weight.scales.data_ptr(),
         offsets=None if weight.offsets is None else weight.offsets.data_ptr(),
+        bases=None if bases is None else bases.data_ptr(),
         out=out,
         inputs=groups * weight.layer.group_size,
         group=weight.layer.group_size,

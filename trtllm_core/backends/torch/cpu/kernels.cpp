@@ -8,6 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // Elements below which a second thread costs more than it saves.
@@ -205,64 +209,128 @@ extern "C" struct Quantized {
   const uint8_t* codes;  // [out, in * bits / 8]; of 4 bits, the first of two is the lower half
   const float* scales;   // [out, groups]
   const float* offsets;  // [out, groups]; null: none
+  const float* bases;    // [out, groups]: what a code of 0 is worth
   int64_t out, in, group, bits, middle;
 };
 
 namespace {
 
 constexpr int64_t LANES = 16;  // codes that are multiplied together: the least group is 32, so 4-bit ones fill them
+constexpr int64_t TILE = 4;    // rows for which a code is widened once
 
-// One group's codes, times x. Of 4 bits, x holds the group's elements of even places first, then the others.
-template <int BITS>
-inline void add_group(const uint8_t* codes, const float* x, int64_t bytes, int32_t middle, float scale, float* sums) {
-  float part[LANES] = {};
-  for (int64_t j = 0; j < bytes; j += LANES) {
-#pragma omp simd
-    for (int64_t i = 0; i < LANES; ++i) {
-      const int32_t byte = codes[j + i];
-      if (BITS == 8)
-        part[i] += static_cast<float>(byte - middle) * x[j + i];
-      else
-        part[i] += static_cast<float>((byte & 15) - middle) * x[j + i] +
-                   static_cast<float>((byte >> 4) - middle) * x[bytes + j + i];
+// Vectors as GCC and Clang have them on every processor: loops over bytes are left scalar by some versions of both.
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+template <typename V>
+inline V read(const void* from) {
+  V vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+#ifdef __AVX512F__
+
+inline Floats widened(const uint8_t* codes) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read<__m128i>(codes)));
+}
+
+// A table of 16 numbers is looked up by the lowest four bits of each index: nothing is masked or converted.
+inline void widen_halves(const uint8_t* codes, Floats& lower, Floats& upper) {
+  const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i bytes = _mm512_cvtepu8_epi32(read<__m128i>(codes));
+  lower = (Floats)_mm512_permutexvar_ps(bytes, numbers);
+  upper = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+}
+
+#else
+
+inline Floats widened(Bytes codes) { return __builtin_convertvector(__builtin_convertvector(codes, Integers), Floats); }
+
+inline Floats widened(const uint8_t* codes) { return widened(read<Bytes>(codes)); }
+
+inline void widen_halves(const uint8_t* codes, Floats& lower, Floats& upper) {
+  const Bytes bytes = read<Bytes>(codes);
+  lower = widened(bytes & 15);
+  upper = widened(bytes >> 4);
+}
+
+#endif
+
+inline float sum_of(Floats vector) {  // in a tree, whose branches are added at the same time
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)vector);
+#else
+  float part[LANES];
+  std::memcpy(part, &vector, sizeof part);
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+#endif
+}
+
+// Output feature `n` of ROWS rows of x that follow each other `in` elements apart: sums over groups of scale times codes
+// times x. Of 4 bits, x holds a group's elements of even places first, then the others. One feature at a time: codes
+// stream from memory, and a core follows few streams at once.
+template <int BITS, int ROWS>
+inline void dot(const Quantized& weight, int64_t n, const float* x, float* sums) {
+  const int64_t groups = weight.in / weight.group, bytes = weight.group * BITS / 8;
+  const uint8_t* codes = weight.codes + n * groups * bytes;
+  const float* scales = weight.scales + n * groups;
+  Floats total[ROWS] = {};
+  for (int64_t g = 0; g < groups; ++g, codes += bytes, x += weight.group) {
+    Floats part[ROWS] = {};
+    for (int64_t j = 0; j < bytes; j += LANES) {
+      if (BITS == 8) {
+        const Floats code = widened(codes + j);
+        for (int row = 0; row < ROWS; ++row) part[row] += code * read<Floats>(x + row * weight.in + j);
+      } else {
+        Floats even, odd;
+        widen_halves(codes + j, even, odd);
+        for (int row = 0; row < ROWS; ++row) {
+          const float* of = x + row * weight.in + j;
+          part[row] += even * read<Floats>(of) + odd * read<Floats>(of + bytes);
+        }
+      }
     }
+    for (int row = 0; row < ROWS; ++row) total[row] += scales[g] * part[row];
   }
-#pragma omp simd
-  for (int64_t i = 0; i < LANES; ++i) sums[i] += scale * part[i];
+  for (int row = 0; row < ROWS; ++row) sums[row] = sum_of(total[row]);
 }
 
 template <typename T, int BITS>
 void quantized_linear(const Quantized& weight, const T* x, const T* bias, T* out, int64_t rows) {
-  const int64_t groups = weight.in / weight.group, bytes = weight.group * BITS / 8;
+  const int64_t groups = weight.in / weight.group, half = weight.group / 2;
   thread_local std::vector<float> buffer;
   buffer.resize(rows * (weight.in + groups));
-  float *wide = buffer.data(), *totals = wide + rows * weight.in;  // the callers' x; sums of its groups
+  float *wide = buffer.data(), *totals = wide + rows * weight.in;  // x as dot wants it, and sums of its groups: shared
   for (int64_t group = 0; group < rows * groups; ++group) {
     const T* from = x + group * weight.group;
     float *to = wide + group * weight.group, total = 0;
-    for (int64_t i = 0; i < weight.group; ++i) {
-      const float value = load(from[i]);
-      to[BITS == 8 ? i : i / 2 + (i & 1) * bytes] = value;
-      total += value;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < half; ++i) {
+      const float even = load(from[2 * i]), odd = load(from[2 * i + 1]);
+      to[BITS == 8 ? 2 * i : i] = even;
+      to[BITS == 8 ? 2 * i + 1 : half + i] = odd;
+      total += even + odd;
     }
     totals[group] = total;
   }
 #pragma omp parallel for if (weight.out * weight.in >= SHARE_FROM)
   for (int64_t n = 0; n < weight.out; ++n) {
-    const uint8_t* codes = weight.codes + n * groups * bytes;
-    const float* scales = weight.scales + n * groups;
-    for (int64_t row = 0; row < rows; ++row) {
-      float sums[LANES] = {}, sum = 0;
-      for (int64_t g = 0; g < groups; ++g)
-        add_group<BITS>(codes + g * bytes, wide + row * weight.in + g * weight.group, bytes,
-                        static_cast<int32_t>(weight.middle), scales[g], sums);
-      if (weight.offsets != nullptr) {
-        const float *offsets = weight.offsets + n * groups, *total = totals + row * groups;
+    const float* bases = weight.bases + n * groups;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t many = rows - row >= TILE ? TILE : 1;
+      float sums[TILE];
+      (many == TILE ? dot<BITS, TILE> : dot<BITS, 1>)(weight, n, wide + row * weight.in, sums);
+      for (int64_t i = 0; i < many; ++i, ++row) {
+        const float* total = totals + row * groups;
+        float sum = sums[i];
 #pragma omp simd reduction(+ : sum)
-        for (int64_t g = 0; g < groups; ++g) sum += offsets[g] * total[g];
+        for (int64_t g = 0; g < groups; ++g) sum += bases[g] * total[g];
+        store(out[row * weight.out + n], bias == nullptr ? sum : sum + load(bias[n]));
       }
-      for (int64_t i = 0; i < LANES; ++i) sum += sums[i];
-      store(out[row * weight.out + n], bias == nullptr ? sum : sum + load(bias[n]));
     }
   }
 }

@@ -47,6 +47,7 @@ class Quantized(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("bases", ctypes.c_void_p),
         ("out", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
         ("group", ctypes.c_int64),
