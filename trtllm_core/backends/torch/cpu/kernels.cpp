@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -215,7 +215,11 @@ extern "C" struct Quantized {
 
 namespace {
 
-constexpr int64_t LANES = 16;  // codes that are multiplied together: the least group is 32, so 4-bit ones fill them
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;  // numbers in a vector; the least group of 4-bit codes has 16 bytes
+#else
+constexpr int64_t LANES = 8;
+#endif
 constexpr int64_t TILE = 4;    // rows for which a code is widened once
 
 // Vectors as GCC and Clang have them on every processor: loops over bytes are left scalar by some versions of both.
@@ -246,7 +250,17 @@ inline void widen_halves(const uint8_t* codes, Floats& lower, Floats& upper) {
 
 #else
 
+#ifdef __AVX2__
+
+inline Floats widened(Bytes codes) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&codes))));
+}
+
+#else
+
 inline Floats widened(Bytes codes) { return __builtin_convertvector(__builtin_convertvector(codes, Integers), Floats); }
+
+#endif
 
 inline Floats widened(const uint8_t* codes) { return widened(read<Bytes>(codes)); }
 
