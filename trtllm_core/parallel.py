@@ -5,6 +5,7 @@ Nothing here is kept in a module: a :class:`TensorParallel` is passed to whoever
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import pickle
@@ -179,6 +180,7 @@ def _join(mapping: Mapping, backend: str, init_method: str | None, limit: timede
         )
     except (ValueError, RuntimeError) as error:
         raise BackendError(f"rank {mapping.rank} of {mapping.world_size} could not join the others: {error}") from error
+    atexit.register(shutdown)  # a group whose threads still run when the program ends aborts it
 
 
 def run_ranks(

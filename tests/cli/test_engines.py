@@ -37,7 +37,7 @@ def counts(found: dict) -> dict[str, int]:
 
 def test_inspect_torch(cli: Callable, tiny_engine: Path) -> None:
     found = json.loads(cli("inspect", tiny_engine, "--json").stdout)
-    assert {spec["name"] for spec in found["tensors"] if not spec["is_input"]} == {"logits"}
+    assert {spec["name"] for spec in found["tensors"] if not spec["is_input"]} == {"logits", "hidden_states"}
     assert counts(found)["RMSNorm"] == 5
     weights = {one["name"]: one for one in found["weights"]}
     stored = sum(one["bytes"] for one in weights.values())

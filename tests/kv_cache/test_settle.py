@@ -54,11 +54,9 @@ def test_who_hears_what_and_when() -> None:
     build = MarkovExecutable().config.build.replace(max_num_tokens=8)
     runner(Edits(), MarkovExecutable(build=build)).generate([[5] * 11, [7]], max_new_tokens=2, end_id=())
     assert Listens.told == [
-        ("prefill", [1], [1], [(1, 1, 1)]),
-        ("step", [0], [7], None),
-        ("prefill", [0], [11], [(1, 1, 11)]),
-        ("step", [1], [2], None),
-        ("step", [0], [12], None),
+        ("step", [0], [8], None),
+        ("prefill", [1, 0], [1, 11], [(1, 1, 1), (1, 1, 11)]),
+        ("step", [0, 1], [12, 2], None),
     ]
 
 

@@ -52,7 +52,7 @@ def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
     fill(module, config, tensors, torch.device("cpu"))
     form = GraphOptions("tensorrt", kind_for(module, OPTIONS.attention), weights_as_inputs=True)
     path = directory / "rank0.onnx"
-    write_graph(export_module(module, config, form, file.name, stored.places(file)), path)
+    write_graph(export_module(module, config, form, file, stored.places(file)), path)
     exported, export_peak = time.perf_counter(), peak()
     plan, counts = build_plan(tensorrt_rtx, path, config, OPTIONS, form.attention)
     return {
