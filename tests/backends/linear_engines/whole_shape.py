@@ -7,7 +7,6 @@ sparse file: as long as real ones, and mapped as they are, without filling a dis
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from trtllm_core.backends.modules import fill, meta_module, parameter_shapes
 from trtllm_core.backends.tensorrt.build import build_plan
 from trtllm_core.backends.tensorrt.options import TensorRTOptions
 from trtllm_core.cli.bench.shapes import SHAPES, ShapeCheckpoint
+from trtllm_core.cli.bench.timing import peak_memory
 from trtllm_core.config import BuildConfig
 from trtllm_core.engine import weights as stored
 from trtllm_core.engine.build import plan_engine
@@ -32,11 +32,6 @@ from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import Plugins
 
 OPTIONS = TensorRTOptions(module="tensorrt_rtx", weights="inputs")
-
-
-def peak() -> int:
-    """Most bytes that were ever resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
@@ -47,13 +42,13 @@ def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
     config, family, _ = plan_engine(checkpoint, build.replace(options=OPTIONS.model_dump(exclude_unset=True)), plugins)
     module, file = meta_module(config, family, TensorParallel()), directory / "rank0.safetensors"
     write_sparse(file, parameter_shapes(module), getattr(torch, config.model.dtype))
-    before, started = peak(), time.perf_counter()
+    before, started = peak_memory(), time.perf_counter()
     tensors = stored.Weights(file, torch.device("cpu")).tensors
     fill(module, config, tensors, torch.device("cpu"))
     form = GraphOptions("tensorrt", kind_for(module, OPTIONS.attention), weights_as_inputs=True)
     path = directory / "rank0.onnx"
     write_graph(export_module(module, config, form, file, stored.places(file)), path)
-    exported, export_peak = time.perf_counter(), peak()
+    exported, export_peak = time.perf_counter(), peak_memory()
     plan, counts = build_plan(tensorrt_rtx, path, config, OPTIONS, form.attention)
     return {
         "shape": name,
@@ -62,7 +57,7 @@ def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
         "export_s": exported - started,
         "export_bytes": export_peak - before,
         "build_s": time.perf_counter() - exported,
-        "peak_bytes": peak(),
+        "peak_bytes": peak_memory(),
         "plan_bytes": plan.nbytes,
         "attentions": counts["ATTENTION_INPUT"],
     }
