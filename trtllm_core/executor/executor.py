@@ -30,7 +30,6 @@ from trtllm_core.plugin.observer import RequestStats, StepStats
 from trtllm_core.prompt_table import Table
 from trtllm_core.runner import ModelRunner
 from trtllm_core.scheduling import Scheduler, Ticket, Turn
-from trtllm_core.scheduling.measuring import request_stats
 
 T = TypeVar("T")
 
@@ -381,8 +380,8 @@ class Executor:
             else:
                 assert ticket.live is not None
                 waiters += handle.tell(deltas, outputs_of(ticket.live))
-            if self._requests.maxlen:
-                self._requests.append(request_stats(ticket))
+            assert ticket.stats is not None
+            self._requests.append(ticket.stats)
         for name, deltas in news.items():
             waiters += self._handles[name][0].tell(deltas)
         if turn.stats is not None and self._steps.maxlen:

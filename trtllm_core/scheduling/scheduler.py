@@ -390,7 +390,8 @@ class Scheduler:
         if ticket.deadline is not None:
             self._forget_deadlines()
         self._turn.ended.append(ticket)
-        self._loop.plugins.on_request_end(request_stats(ticket))
+        ticket.stats = request_stats(ticket)
+        self._loop.plugins.on_request_end(ticket.stats)
 
     def _forget_deadlines(self) -> None:
         """Those of requests that are over leave when half of them are such."""

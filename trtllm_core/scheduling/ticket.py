@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.plan import Plan
 from trtllm_core.decoding.request import Delta, Request
-from trtllm_core.plugin.observer import StepStats
+from trtllm_core.plugin.observer import RequestStats, StepStats
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +31,8 @@ class Ticket:
     told: float | None = None
     """When its first token was there."""
     ended: float | None = None
+    stats: RequestStats | None = None
+    """What there is to say of it, once it is over."""
 
     def __lt__(self, other: Ticket) -> bool:
         return self.order < other.order

@@ -51,6 +51,16 @@ class BackendConformance(Conformance):
         plugins, name = self.installed()
         return plugins.backends.get(name).load()()
 
+    def _able(self) -> tuple[Plugins, str]:
+        """As ``installed``, where it can build a LLaMA model; else the check is passed over."""
+        plugins, name = self.installed()
+        probe = self.backend().probe()
+        if not probe.available:
+            passed_over(f"it cannot work here: {probe.reason}")
+        if "llama" not in plugins.model_families:
+            passed_over("it is tried on a LLaMA model: pip install trtllm-plugin-llama")
+        return plugins, name
+
     def test_declarations(self) -> None:
         """It is a ``Backend`` with a name and a tensor contract that the loop knows."""
         backend = self.backend()
@@ -66,12 +76,7 @@ class BackendConformance(Conformance):
 
     def test_generation(self) -> None:
         """It builds a small LLaMA model, loads it, and generates what the torch backend generates from it."""
-        plugins, name = self.installed()
-        probe = self.backend().probe()
-        if not probe.available:
-            passed_over(f"it cannot work here: {probe.reason}")
-        if "llama" not in plugins.model_families:
-            passed_over("it is tried on a LLaMA model: pip install trtllm-plugin-llama")
+        plugins, name = self._able()
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = write_llama(Path(directory) / "checkpoint")
             due = _tokens(plugins, checkpoint, Path(directory) / "torch", "torch", self.dtype)
@@ -83,12 +88,7 @@ class BackendConformance(Conformance):
 
     def test_inspection(self) -> None:
         """It tells what an engine of its is made of, and has nothing against one that it has just built."""
-        plugins, name = self.installed()
-        probe = self.backend().probe()
-        if not probe.available:
-            passed_over(f"it cannot work here: {probe.reason}")
-        if "llama" not in plugins.model_families:
-            passed_over("it is tried on a LLaMA model: pip install trtllm-plugin-llama")
+        plugins, name = self._able()
         with tempfile.TemporaryDirectory() as place:
             directory = Path(place) / "engine"
             limits = BuildConfig(backend=name, dtype=self.dtype, max_batch_size=2, max_input_len=8, max_seq_len=16)

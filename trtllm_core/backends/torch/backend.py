@@ -139,11 +139,11 @@ class TorchBackend(Backend):
         kernels = _native_kernels(native, device, dtype, batch_invariant)
         if kernels is not None:
             accelerate(module, kernels)
+        product = plain_product(device, dtype, batch_invariant)
         if config.quantization is not None:
-            use_products(module, plain_product(device, dtype, batch_invariant), kernels)
+            use_products(module, product, kernels)
         lora = None
         if config.lora_layers:
-            product = plain_product(device, dtype, batch_invariant)
             sizes = lora_sizes(family, config, parallel)
             lora = LoraBank(module, sizes, config.build, dtype, device, product, batch_invariant)
         return TorchExecutable(
