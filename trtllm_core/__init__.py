@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from trtllm_core.decoding.request import Delta
     from trtllm_core.decoding.words import to_word_list_format
+    from trtllm_core.drafting import accept_equal_drafts, accept_likely_drafts
     from trtllm_core.engine.build import build_engine
     from trtllm_core.errors import TrtllmCoreError
     from trtllm_core.executor import Executor, RequestHandle
@@ -49,6 +50,7 @@ _HOMES = {
     ),
     "trtllm_core.decoding.request": ("Delta",),
     "trtllm_core.decoding.words": ("to_word_list_format",),
+    "trtllm_core.drafting": ("accept_equal_drafts", "accept_likely_drafts"),
     "trtllm_core.engine.build": ("build_engine",),
     "trtllm_core.errors": ("TrtllmCoreError",),
     "trtllm_core.executor": ("Executor", "RequestHandle"),
@@ -85,6 +87,8 @@ __all__ = [
     "TrtllmCoreError",
     "WorldConfig",
     "__version__",
+    "accept_equal_drafts",
+    "accept_likely_drafts",
     "build_engine",
     "to_word_list_format",
     "use",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import runpy
@@ -262,6 +263,18 @@ def test_decoder_alone(capsys: pytest.CaptureFixture[str]) -> None:
     due = [f"{one.request_id} {one.finish_reason} {list(one.tokens)}" for one in found]
     assert capsys.readouterr().out.splitlines() == due
     assert len(due) == 5
+
+
+def test_drafts_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each row the drafts that are told stand, and one token more, which is another where drafts are left."""
+    module = runpy.run_path(str(EXAMPLES / "drafts_of_your_own.py"))
+    rows = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    for row, drafts, count in zip(rows, module["drafts"].tolist(), (3, 1), strict=True):
+        accepted = len(row) - 1
+        assert row[:accepted] == drafts[:accepted]
+        assert accepted <= count
+        assert accepted == count or row[accepted] != drafts[accepted]
+    assert len(rows) == 2
 
 
 def test_gpt_decoder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from trtllm_core.config import Config
 from trtllm_core.decoding.draft_runs import DraftRuns
 from trtllm_core.decoding.random import batch_uniform, draw_salt
 from trtllm_core.decoding.samplers import possible
-from trtllm_core.decoding.verifying import positions_of
+from trtllm_core.decoding.verifying import draw_from, positions_of, verified
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin.decoder import BranchPlan, Decoder, DecoderCapabilities, Proposal, Selection
 from trtllm_core.plugin.views import LogitsBatch
@@ -121,27 +121,18 @@ class DraftModel(Decoder):
             taken = possible(logits, draw_from(p, batch_uniform(batch, self.DRAW)))
             return Selection(taken.unsqueeze(1), torch.ones_like(batch.slot))
         assert batch.draft is not None
-        starts, sizes = batch.starts, positions_of(batch)
-        width, rows = batch.draft.shape[1] + 1, batch.slot[batch.starts]
-        column = torch.arange(width, device=rows.device)
-        place = (starts.unsqueeze(1) + column).clamp_(max=len(batch.slot) - 1)
-        drafts = batch.draft[rows].long()
-        there = column[:-1] < sizes.unsqueeze(1) - 1
-        q = self._guessed(rows.tolist(), width - 1, p)
-        ratio = p[place[:, :-1]].gather(2, drafts.unsqueeze(2)).squeeze(2) / q.gather(2, drafts.unsqueeze(2)).squeeze(2)
+        rows = batch.slot[batch.starts]
+        drafts, counts = batch.draft[rows].long(), positions_of(batch) - 1
+        column = torch.arange(drafts.shape[1] + 1, device=rows.device)
+        place = (batch.starts.unsqueeze(1) + column).clamp_(max=len(batch.slot) - 1)
+        q = self._guessed(rows.tolist(), drafts.shape[1], p)
         threshold = self._threshold[rows].unsqueeze(1)
         least = torch.where(threshold.isnan(), batch_uniform(batch, self.ACCEPT)[place[:, :-1]], threshold)
-        accepted = ((ratio >= least) & there).long().cumprod(dim=1).sum(dim=1)
-        # Behind the accepted drafts comes a draw: from p where all were, else from what p has more than q.
-        last = place.gather(1, accepted.unsqueeze(1)).squeeze(1)
-        none = torch.zeros_like(p[:1]).expand(len(rows), -1)
-        refused = q[torch.arange(len(rows), device=rows.device), accepted.clamp(max=width - 2)]
-        refused = torch.where((accepted < sizes - 1).unsqueeze(1), refused, none)
-        rest = (p[last] - refused).clamp_(min=0)
-        rest = torch.where(rest.sum(dim=1, keepdim=True) > 0, rest, p[last])
-        token = possible(logits[last], draw_from(rest, batch_uniform(batch, self.DRAW)[last]))
-        tokens = torch.nn.functional.pad(drafts, (0, 1)).scatter_(1, accepted.unsqueeze(1), token.unsqueeze(1))
-        return Selection(tokens, accepted + 1)
+        tokens, sizes = verified(p[place], q, drafts, counts, least, batch_uniform(batch, self.DRAW)[place])
+        # Only the last of them was drawn here.
+        end = (sizes - 1).unsqueeze(1)
+        last = possible(logits[place.gather(1, end).squeeze(1)], tokens.gather(1, end).squeeze(1))
+        return Selection(tokens.scatter(1, end, last.unsqueeze(1)), sizes)
 
     def _guessed(self, slots: Sequence[int], width: int, p: torch.Tensor) -> torch.Tensor:
         """float32 ``[rows, width, vocab]``: what the drafts of each slot were drawn from. For tokens that a processor
@@ -153,12 +144,3 @@ class DraftModel(Decoder):
                 if slot in self._row:
                     q[row, :most] = self._q[self._row[slot], :most]
         return q
-
-
-def draw_from(chances: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """int64 ``[n]``: a token of each row of ``chances`` (float32 ``[n, vocab]``, not all 0), ``u`` in (0, 1]."""
-    sums = chances.double().cumsum(dim=1)
-    place: torch.Tensor = torch.searchsorted(sums, u.double().unsqueeze(1) * sums[:, -1:])
-    # Rounding may leave a place beyond the last token that can be.
-    last = (chances.shape[1] - 1) - (chances.flip(1) > 0).int().argmax(dim=1)
-    return torch.minimum(place.squeeze(1), last)

@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 
+from trtllm_core.compat.tensorrt_llm.accepting import (
+    FinishedState,
+    accept_draft_tokens_by_ids,
+    accept_draft_tokens_by_logits,
+)
 from trtllm_core.compat.tensorrt_llm.gone import refuse
 from trtllm_core.compat.tensorrt_llm.runtime.words import to_word_list_format
 from trtllm_core.config import SamplingConfig as CoreConfig
@@ -23,6 +28,7 @@ __all__ = [
     "DecodingInput",
     "DecodingMode",
     "DecodingOutput",
+    "FinishedState",
     "GptDecoder",
     "SamplingConfig",
     "WorldConfig",
@@ -177,6 +183,9 @@ class GptDecoder:
         self._decoder.cancel()
         self._rows = None
         self._config, self._batch, self._length = sampling_config, batch_size, length
+
+    accept_draft_tokens_by_ids = staticmethod(accept_draft_tokens_by_ids)
+    accept_draft_tokens_by_logits = staticmethod(accept_draft_tokens_by_logits)
 
     def get_sampling_config(self) -> SamplingConfig:
         """What ``setup`` was given."""
