@@ -14,7 +14,6 @@ from statistics import median
 import torch
 
 from trtllm_core import BuildConfig, ModelRunner, SamplingConfig
-from trtllm_core.backends.torch.backend import TorchBackend
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.cli.bench.random_engine import random_runner
 
@@ -24,13 +23,7 @@ LONGEST, REPEATS, STEPS = 512, 3, 30
 def load(shape: str, batch: int, graphs: bool) -> ModelRunner:
     """A runner over random weights."""
     limits = BuildConfig(max_batch_size=batch, max_seq_len=LONGEST, max_input_len=LONGEST - 1, max_num_tokens=8192)
-    assemble = TorchBackend.assemble
-    if not graphs:
-        TorchBackend.assemble = lambda *args, **options: assemble(*args, **options, cuda_graphs=False)
-    try:
-        return random_runner(shape, limits, "cuda")
-    finally:
-        TorchBackend.assemble = assemble
+    return random_runner(shape, limits, "cuda", cuda_graphs=graphs)
 
 
 def generated(runner: ModelRunner, batch: int, prompt: int, new: int) -> tuple[float, float]:

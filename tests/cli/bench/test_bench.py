@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_core.cli.bench.bandwidth import read_bandwidth
-from trtllm_core.cli.bench.limits import step_bytes
+from trtllm_core.cli.bench.limits import _pairs, prompt_operations, speed_limit, step_bytes
 from trtllm_core.cli.bench.peers import find_checkpoint
 from trtllm_core.cli.bench.rows import Row
 from trtllm_core.cli.bench.timing import Timing, peak_memory, time_engine
@@ -44,7 +44,8 @@ def test_bench_with_a_peer(cli: Callable, tiny_engine: Path, tiny_checkpoint: Pa
     for row in found["rows"]:
         assert len(row["ours_runs"]) == len(row["peer_runs"]) == 2
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
-    assert found["rows"][0]["limit"] is found["rows"][0]["cpu_ms_per_token"] is None
+    assert found["rows"][0]["cpu_ms_per_token"] is None
+    assert found["rows"][0]["of_limit"] > 0
     assert min(found["rows"][1]["cpu_ms_per_token"], found["rows"][1]["peer_cpu_ms_per_token"]) > 0
     assert found["rows"][1]["of_limit"] > 0
     assert found["peer"].startswith("transformers ")
@@ -88,6 +89,18 @@ def test_the_limit_counts_weights_and_cache(tiny_engine: Path) -> None:
     assert step_bytes(runner, Workload("x", 2, 8, 6)) == expected
     assert read_bandwidth(runner.device, 1) > 1e8
     assert peak_memory() > 1e7
+
+
+def test_the_limit_of_prompts_counts_products_and_attention(tiny_engine: Path) -> None:
+    runner = ModelRunner.from_dir(tiny_engine)
+    work = Workload("x", 3, 8, 1)
+    model = runner.config.model
+    layer = 64 * (4 + 2 * 2) * 16 + 64 * 64 + 3 * 64 * 128
+    operations = 2 * 8 * model.num_layers * layer + 2 * 256 * 64 + 4 * model.num_layers * 64 * (8 * 9 / 2)
+    assert prompt_operations(runner, work) == 3 * operations
+    assert speed_limit(runner, work, 1.0, 6e6) == pytest.approx(24 * 6e6 / (3 * operations))
+    assert _pairs(8, None) == _pairs(8, 9) == 36
+    assert _pairs(8, 3) == 1 + 2 + 3 * 6
 
 
 def test_prompts_are_the_same_in_every_process() -> None:

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trtllm_core.backends.modules import meta_module, parameter_shapes
+from trtllm_core.backends.torch.backend import TorchBackend
 from trtllm_core.cli.bench import shapes
 from trtllm_core.cli.bench.random_engine import random_runner
 from trtllm_core.cli.bench.shapes import SHAPES, find_shape
@@ -71,6 +73,23 @@ def test_random_weights_are_the_same_for_a_seed_and_no_number_is_lost(tiny: str)
     assert sizes["embedding.weight"] == (101, 64)
     assert first.config.source == "tiny"
     assert first.tokenizer is None
+
+
+def test_options_of_the_backend_reach_random_weights(cli: Callable, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    assemble = TorchBackend.assemble
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return assemble(*args, **options)
+
+    monkeypatch.setattr(TorchBackend, "assemble", spy)
+    shape = ("bench", "--shape", tiny, "--dtype", "float32", *SMALL, "--no-memory")
+    cli(*shape, "--option", "native=false", "--option", "cuda_graphs=false")
+    assert seen == {"native": False, "cuda_graphs": False}
+    assert "no option 'speed' over random weights" in cli(*shape, "--option", "speed=9", status=2).stderr
+    assert "cuda_graphs was asked for" in cli(*shape, "--option", "cuda_graphs=true", status=2).stderr
+    assert "NAME=VALUE" in cli(*shape, "--option", "speed", status=2).stderr
 
 
 def test_bench_of_a_shape(cli: Callable, tiny: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trtllm_core.cli.bench.timing import synchronize
+from trtllm_core.cli.bench.timing import least_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -27,18 +25,6 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     # Written once: memory that never was is one page of zeros, which the cache holds.
     source = torch.ones(size // 4, device=device)
     total = source.new_empty(())
-    best = size / _least(lambda: torch.sum(source, 0, out=total), device, repeats)
+    best = size / least_seconds(lambda: torch.sum(source, 0, out=total), device, repeats)
     half = source.view(2, -1)
-    return max(best, size / _least(lambda: half[1].copy_(half[0]), device, repeats))
-
-
-def _least(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest run, after one that does not count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return max(best, size / least_seconds(lambda: half[1].copy_(half[0]), device, repeats))

@@ -16,7 +16,8 @@ from trtllm_core.cli.bench import report, scale, serving
 from trtllm_core.cli.bench.bandwidth import read_bandwidth
 from trtllm_core.cli.bench.continuous import ContinuousPeer
 from trtllm_core.cli.bench.footprint import Footprint, Job, forget_device_peak, measure, of_this_process
-from trtllm_core.cli.bench.limits import decode_limit
+from trtllm_core.cli.bench.limits import speed_limit
+from trtllm_core.cli.bench.matrices import matrix_rate
 from trtllm_core.cli.bench.options import MODES, TAKES, SubjectOptions, TraceOptions, WorkOptions
 from trtllm_core.cli.bench.peers import Peer, PeerSource, load_peer, peer_source
 from trtllm_core.cli.bench.plot import check_plot, plot_rows
@@ -65,7 +66,7 @@ def bench(
     if mode == "throughput":
         trace = served.make()
         slots = served.slots or min(len(trace.requests), 256)
-        subject = subject_of(engine, what.shape, what.random(), trace.limits(slots))
+        subject = subject_of(engine, what.shape, what.random(), trace.limits(slots), what.backend())
         if served.slots is not None and subject.engine:
             raise ConfigError("--slots is for random weights (--shape): an engine was built for its own")
         found = _throughput(run, subject, trace, what.peer, what.checkpoint)
@@ -73,7 +74,7 @@ def bench(
         found = _scale(run, engine, what, work)
     else:
         lengths = work.lengths("prefill" if mode == "prefill" else "latency")
-        subject = subject_of(engine, what.shape, what.random(), lengths.limits())
+        subject = subject_of(engine, what.shape, what.random(), lengths.limits(), what.backend())
         found = _latency(run, subject, lengths, what.peer, what.checkpoint)
         if plot is not None:
             plot_rows(found, plot)
@@ -133,6 +134,8 @@ class _Run:
 def _latency(
     run: _Run, subject: Subject, lengths: Lengths, peer: str | None, checkpoint: Path | None
 ) -> dict[str, Any]:
+    import torch
+
     config = subject.config()
     works = lengths.workloads(config.build)
     source = None if peer is None else peer_source(peer, checkpoint, subject, config, run.device)
@@ -147,8 +150,10 @@ def _latency(
         runner = subject.load(run.device)
         other = None if source is None else load_peer(source, run.device)
         bandwidth = read_bandwidth(runner.device)
+        prompts = any(work.is_prefill for work in works)
+        operations = matrix_rate(runner.device, getattr(torch, runner.config.model.dtype)) if prompts else 0.0
         forget_device_peak(runner.device)
-        rows = [Row(work, decode_limit(runner, work, bandwidth)) for work in works]
+        rows = [Row(work, speed_limit(runner, work, bandwidth, operations)) for work in works]
         for row in rows:
             bar.update(task, description=row.work.name)
             _time(row, runner, other, run.repeats)
@@ -158,6 +163,7 @@ def _latency(
         **run.about(subject, runner),
         "peer": None if other is None else other.name,
         "read_bandwidth": bandwidth,
+        "matrix_rate": operations or None,
         "batch_speedup": batch_speedup(rows),
         "rows": [row.record() for row in rows],
         "memory": {name: asdict(found) for name, found in memory.items()},
@@ -195,7 +201,7 @@ def _throughput(run: _Run, subject: Subject, trace: Trace, peer: str | None, che
 
 def _scale(run: _Run, engine: Path | None, what: SubjectOptions, work: WorkOptions) -> dict[str, Any]:
     batches, queues = work.scale(None)
-    subject = subject_of(engine, what.shape, what.random(), scale.limits(batches))
+    subject = subject_of(engine, what.shape, what.random(), scale.limits(batches), what.backend())
     batches, queues = work.scale(subject.config().build.max_batch_size)
     run.warn()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=stderr(), transient=True) as bar:

@@ -10,7 +10,7 @@ import typer
 
 from trtllm_core.cli.bench.trace import Trace, make_trace, parse_range, read_trace
 from trtllm_core.cli.bench.workloads import Lengths
-from trtllm_core.cli.options import parse_sizes
+from trtllm_core.cli.options import parse_option, parse_sizes
 from trtllm_core.errors import ConfigError
 
 Mode = Literal["latency", "prefill", "throughput", "scale"]
@@ -38,6 +38,10 @@ class SubjectOptions:
     ] = None
     dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
     quant: Annotated[str | None, _option("Of random weights: int4 or int8 (default: the dtype).", "What")] = None
+    option: Annotated[
+        list[str] | None,
+        _option("Of the backend, such as cuda_graphs=false: NAME=VALUE. May be repeated.", "What"),
+    ] = None
     peer: Annotated[str | None, _option("Compare with it: transformers, llama.cpp.", "What")] = None
     checkpoint: Annotated[Path | None, _option("The peer's weights (default: beside the engine).", "What")] = None
 
@@ -45,6 +49,14 @@ class SubjectOptions:
         """Of random weights, what ``BuildConfig`` says of them."""
         quant = None if self.quant is None else {"weights": self.quant}
         return {name: value for name, value in (("dtype", self.dtype), ("quantization", quant)) if value is not None}
+
+    def backend(self) -> dict[str, Any]:
+        """How the backend loads it.
+
+        Raises:
+            ConfigError: an option that is not written as NAME=VALUE.
+        """
+        return dict(map(parse_option, self.option or ()))
 
     def given(self) -> list[str]:
         """Names of the options of the peer that were set. All modes take the others."""

@@ -41,7 +41,7 @@ def plot_rows(found: dict[str, Any], path: Path) -> None:
         if row["limit"]:
             axes.hlines(row["limit"], left - width / 2, left + width / 2, color="#c1121f", linewidth=2)
             axes.annotate(f"{100 * row['of_limit']:.0f}%", (left, row["limit"]), ha="center", va="bottom", fontsize=8)
-    axes.plot([], [], color="#c1121f", linewidth=2, label="limit: memory bandwidth")
+    axes.plot([], [], color="#c1121f", linewidth=2, label="limit: memory, of prompts arithmetic")
     axes.set_yscale("log")
     axes.set_ylabel("tokens/s")
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=20, ha="right")

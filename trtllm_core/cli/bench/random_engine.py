@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtllm_core.cli.bench.shapes import find_shape
-from trtllm_core.errors import ConfigError
+from trtllm_core.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     import torch
@@ -13,20 +13,23 @@ if TYPE_CHECKING:
     from trtllm_core.config import BuildConfig
     from trtllm_core.runner import ModelRunner
 
+_OPTIONS = frozenset({"batch_invariant", "native", "cuda_graphs"})
+"""Of the backend, those that say how it runs what is in memory already."""
 _SPREAD = 0.02
 """Standard deviation of the matrices: small, as models are initialised, so that half precision does not overflow."""
 _STEP = 0.004
 """What a code of a quantised weight is worth: about as much spread, of 4 bits."""
 
 
-def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) -> ModelRunner:
+def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0, **options: Any) -> ModelRunner:
     """A runner over random weights. Nothing touches the disk, and on CUDA nothing but one step's inputs the host.
 
     Matrices are drawn, norms are 1 and biases 0. The same seed gives the same weights on the same kind of device.
+    ``options`` are the backend's, as ``ModelRunner.from_dir`` takes them.
 
     Raises:
         ConfigError: there is no such shape; its model cannot serve the limits; or another backend, or several ranks,
-            are asked for.
+            are asked for; or an option that the backend does not have.
         PluginNotFoundError: the model's family is not installed; the message names the pip command.
         EngineUnsupportedError: the device is not there.
     """
@@ -43,12 +46,15 @@ def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0) ->
     config, family, backend = plan_engine(find_shape(shape), build, plugins)
     if not isinstance(backend, TorchBackend) or build.tp_size > 1:
         raise ConfigError("random weights run on the torch backend, on one rank; build an engine for anything else")
-    place = check_device(torch.device(device), config, False)
+    if unknown := options.keys() - _OPTIONS:
+        raise ConfigError(f"the torch backend has no option {listing(unknown)} over random weights")
+    place = check_device(torch.device(device), config, options.get("batch_invariant", False))
     random = torch.Generator(place).manual_seed(seed)
     rank = TensorParallel()
     module = meta_module(config, family, rank)
     tensors = {name: _weight(name, one, random) for name, one in module.named_parameters()}
-    return ModelRunner.from_engine(backend.assemble(tensors, config, family, place, rank), plugins=plugins)
+    engine = backend.assemble(tensors, config, family, place, rank, **options)
+    return ModelRunner.from_engine(engine, plugins=plugins)
 
 
 def _weight(name: str, parameter: torch.Tensor, random: torch.Generator) -> torch.Tensor:

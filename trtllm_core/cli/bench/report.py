@@ -25,8 +25,10 @@ def print_latency(found: dict[str, Any]) -> None:
         lines.append(("peer", found["peer"]))
     if speedup is not None:
         lines.append(("batching", f"the largest batch decodes {speedup:.2f} times as fast as batch 1"))
-    if any(row["limit"] for row in found["rows"]):
-        lines.append(("limit", f"weights and KV read once a step at {found['read_bandwidth'] / 1e9:.1f} GB/s"))
+    if found["matrix_rate"]:
+        lines.append(("limit, prompts", f"their products at {found['matrix_rate'] / 1e12:.2f} TFLOP/s, as measured"))
+    if any(row["new_tokens"] > 1 for row in found["rows"]):
+        lines.append(("limit, decode", f"weights and KV read once a step at {found['read_bandwidth'] / 1e9:.1f} GB/s"))
     for name, one in found["memory"].items():
         lines += _memory(name, one, found["device"])
     print_facts(lines)

@@ -16,7 +16,7 @@ class Row:
 
     work: Workload
     limit: float | None = None
-    """Tokens a second that the memory bandwidth allows; None where something else is the limit."""
+    """Tokens a second that memory, or of prompts arithmetic, allows; None: nobody knows."""
     ours: list[Timing] = field(default_factory=list)
     peer: list[Timing] = field(default_factory=list)
 

@@ -21,6 +21,8 @@ class Subject:
     shape: str = ""
     limits: dict[str, Any] = field(default_factory=dict)
     """Of a shape: what its ``BuildConfig`` says. An engine has its own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """How the backend loads it, such as ``cuda_graphs``."""
 
     @property
     def name(self) -> str:
@@ -46,22 +48,29 @@ class Subject:
         from trtllm_core.runner import ModelRunner
 
         if self.engine:
-            return ModelRunner.from_dir(self.engine, device=device)
+            return ModelRunner.from_dir(self.engine, device=device, **self.options)
         from trtllm_core.cli.bench.random_engine import random_runner
 
-        return random_runner(self.shape, BuildConfig(**self.limits), device)
+        return random_runner(self.shape, BuildConfig(**self.limits), device, **self.options)
 
     def as_json(self) -> dict[str, Any]:
         """To make it again: ``Subject(**value)``."""
         return asdict(self)
 
 
-def subject_of(engine: Path | None, shape: str | None, weights: dict[str, Any], limits: dict[str, int]) -> Subject:
+def subject_of(
+    engine: Path | None,
+    shape: str | None,
+    weights: dict[str, Any],
+    limits: dict[str, int],
+    options: dict[str, Any],
+) -> Subject:
     """What the command line names.
 
     Args:
         weights: ``dtype`` and ``quantization`` of random weights, where they are not the published ones.
         limits: that a shape's engine needs: ``max_batch_size`` and its like. An engine on disk has its own.
+        options: of the backend.
 
     Raises:
         ConfigError: both or neither are named, or something of random weights for an engine that has its own.
@@ -71,5 +80,5 @@ def subject_of(engine: Path | None, shape: str | None, weights: dict[str, Any], 
     if engine is not None:
         if weights:
             raise ConfigError("--dtype and --quant are for random weights (--shape): an engine has its own")
-        return Subject(engine=str(engine))
-    return Subject(shape=str(shape), limits={**limits, **weights})
+        return Subject(engine=str(engine), options=options)
+    return Subject(shape=str(shape), limits={**limits, **weights}, options=options)
