@@ -18,7 +18,7 @@ from trtllm_core.session import Session
 
 pytest.importorskip("triton")
 
-from trtllm_core.backends.torch.cuda import tuning
+from trtllm_core.backends.torch.cuda import context, tuning
 from trtllm_core.backends.torch.cuda.graphs import buckets
 from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS
 from trtllm_core.backends.torch.cuda.product import Product
@@ -209,3 +209,33 @@ def test_a_prompt_in_a_graph_gives_what_the_eager_road_gives(load: Callable[...,
     assert ours._graphs.prompts is not None
     assert ours._graphs.prompts.captured == 3  # of 32, 128 and 192 tokens
     assert pair(load, "float32")[0]._graphs.prompts is None  # type: ignore[union-attr]
+
+
+def packed(lengths: list[int], past: list[int]) -> dict[str, torch.Tensor]:
+    """Inputs of prompts and rows that decode, together in one call; the last token of each is asked for."""
+    rows = zip(past, lengths, strict=True)
+    return {
+        **step(past),
+        "input_ids": torch.randint(0, 60, (sum(lengths),)),
+        "position_ids": torch.cat([torch.arange(p, p + n) for p, n in rows]),
+        "query_lengths": torch.tensor(lengths, dtype=torch.int32),
+        "logits_indices": torch.tensor(lengths).cumsum(0) - 1,
+    }
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 4e-2)])
+def test_a_large_call_by_kernels_gives_what_it_gives_without(
+    load: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, tolerance: float
+) -> None:
+    monkeypatch.setattr(context, "FUSED_FROM", 1)
+    ours, plain = pair(load, dtype, **MODELS[name])
+    assert ours._fused_from == 1
+    for lengths, past in (([20, 5, 33], [0, 0, 0]), ([1, 40, 1, 7], [17, 0, 3, 20])):
+        inputs = packed(lengths, past)
+        a, b = run(ours, inputs), run(plain, inputs)
+        assert (a - b).norm() / b.norm() < tolerance
+        kept, expected = (engine._pool.storage for engine in (ours, plain))  # type: ignore[union-attr]
+        assert (kept - expected).norm() / expected.norm() < 1e-2
+    assert not ours._switch.on

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch
+from trtllm_core.backends.torch.cuda import context as cuda_context
 from trtllm_core.backends.torch.cuda.context import MixedContext
 from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
 from trtllm_core.backends.torch.cuda.kernels import attention
@@ -202,13 +203,27 @@ def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_prompts_chunks_and_decoding_rows_share_a_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "cached"),
+    [
+        (
+            [1, 30, 1, 5, 2, 7],
+            [40, 0, 3, 0, 0, 20],
+        ),  # one token, a prompt, one token, two prompts, a chunk behind others
+        # Nothing but prompts.
+        ([9, 17, 30], [0, 0, 0]),
+    ],
+)
+def test_prompts_chunks_and_decoding_rows_share_a_call(
+    rows: list[int], cached: list[int], fused: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "PROGRAMS", 4)
+    monkeypatch.setattr(cuda_context, "FUSED_FROM", 1 if fused else 1000)
     where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
     options = {"rotary": 32, "sliding_window": 24}
     ours, twin = layer(dtype, where, **options), layer(torch.float64, CPU, **options)
-    # One token, a prompt, one token, two prompts, a chunk behind others.
-    lengths, past = torch.tensor([1, 30, 1, 5, 2, 7]).int(), torch.tensor([40, 0, 3, 0, 0, 20]).int()
+    lengths, past = torch.tensor(rows).int(), torch.tensor(cached).int()
     plan = KVPlan(48, 8, 8, KVModel(1, 2, 32, "float32", 0))
     pools = KVPool(plan, dtype, where), KVPool(plan, torch.float64, CPU)
     pools[0].storage.normal_()
@@ -216,7 +231,7 @@ def test_prompts_chunks_and_decoding_rows_share_a_call(device: str, monkeypatch:
     inputs = {
         "query_lengths": lengths,
         "past_lengths": past,
-        "block_tables": torch.randperm(48).int().view(6, 8),
+        "block_tables": torch.randperm(48).int().view(6, 8)[: len(rows)],
     }
     positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past.tolist(), lengths.tolist(), strict=True)])
     qkv = torch.randn(len(positions), 8, 32).to(dtype)
@@ -224,6 +239,8 @@ def test_prompts_chunks_and_decoding_rows_share_a_call(device: str, monkeypatch:
     out = context.attend(ours, qkv.to(where, copy=True)).cpu().double()
     expected = PagedContext(PackedBatch(inputs, plan, CPU), pools[1], positions).attend(twin, qkv.double())
     assert (out - expected).norm() / expected.norm() < (1e-2 if device == "cuda" else 1e-5)
+    kept = pools[0].storage.cpu().double()
+    assert (kept - pools[1].storage).norm() / kept.norm() < (1e-2 if device == "cuda" else 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -214,6 +214,28 @@ def test_priorities_and_a_queue_that_is_full(make: Make) -> None:
     assert sorted(ended) == sorted(order[1:])
 
 
+def test_a_request_on_its_way_to_the_queue_is_counted_once(make: Make) -> None:
+    executor = make(max_batch_size=1)
+    gate(executor).open.clear()
+    executor.submit([5], GREEDY)
+    wait_for_start(executor)
+    add, seen = executor._scheduler.add, list[int]()
+
+    def slow(*args: Any) -> Any:
+        ticket = add(*args)
+        looking = threading.Thread(target=lambda: seen.append(executor.waiting))
+        looking.start()
+        looking.join(0.1)  # it must wait until the request has arrived
+        assert not seen
+        return ticket
+
+    executor._scheduler.add = slow  # type: ignore[method-assign]
+    executor.submit([9], GREEDY)
+    gate(executor).open.set()
+    executor.shutdown()
+    assert seen[0] <= 1
+
+
 def test_ids_of_requests_are_unique_while_they_run(make: Make) -> None:
     executor = make()
     gate(executor).open.clear()

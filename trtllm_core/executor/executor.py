@@ -216,7 +216,8 @@ class Executor:
     @property
     def waiting(self) -> int:
         """Requests that have not started."""
-        return self._arriving + self._scheduler.waiting
+        with self._lock:
+            return self._arriving + self._scheduler.waiting
 
     @property
     def active(self) -> int:
@@ -350,9 +351,10 @@ class Executor:
         self, handle: RequestHandle, request: Request, plan: Plan, use: ExitStack, when: tuple[int, float | None, float]
     ) -> None:
         """``when``: priority, deadline and arrival, as for ``Scheduler.add``."""
-        self._handles[handle.request_id] = handle, self._scheduler.add(request, plan, *when), use
-        with self._lock:
+        with self._lock:  # nobody may count it twice, or not at all
+            ticket = self._scheduler.add(request, plan, *when)
             self._arriving -= 1
+        self._handles[handle.request_id] = handle, ticket, use
 
     def _cancel(self, name: str) -> None:
         if name in self._handles:

@@ -121,6 +121,7 @@ class TorchExecutable(Executable):
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
         self._graphs: StepGraphs | None = None
+        self._fused_from = 0  # tokens of a call without a graph
         self._kept: dict[str, torch.Tensor] | None = None
         self._switch = switch or Switch()
         self._parallel = parallel or TensorParallel()
@@ -138,10 +139,10 @@ class TorchExecutable(Executable):
         else:
             self._context = PagedContext if self._native is None else self._native.context
         if self.capabilities.cuda_graphs and self._context is PagedContext and plan.window is None:
-            from trtllm_core.backends.torch.cuda.context import MixedContext
+            from trtllm_core.backends.torch.cuda.context import FUSED_FROM, MixedContext
             from trtllm_core.backends.torch.cuda.graphs import StepGraphs
 
-            self._context = MixedContext
+            self._context, self._fused_from = MixedContext, FUSED_FROM
             rows, tokens = self.config.build.max_branches, self.config.build.max_num_tokens
             self._graphs = StepGraphs(self.module, self._pool, rows, tokens, self.device, self._switch)
         return self._pool.bytes
@@ -193,7 +194,7 @@ class TorchExecutable(Executable):
             self._lora.begin(None if ids is None else host(ids), host(inputs["query_lengths"]))
         if self.capabilities.prompt_tables:
             self._virtual = self._virtual_of(inputs)
-        with self._attentions():
+        with self._attentions(), self._kernels(inputs["input_ids"].shape[0]):
             hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
         if self._kept is not None:
             self._kept["hidden"] = hidden
@@ -211,6 +212,10 @@ class TorchExecutable(Executable):
         """What PyTorch may compute attention with. cuDNN's, which it prefers on new GPUs, makes a plan for each shape
         it has not seen, for tens of milliseconds; here every prompt has a shape of its own."""
         return sdpa_kernel(_ATTENTIONS) if self.device.type == "cuda" else nullcontext()
+
+    def _kernels(self, tokens: int) -> AbstractContextManager[None]:
+        """What a call without a graph is computed with: of many tokens, the kernels that graphs use."""
+        return self._switch.turned_on() if self._graphs is not None and tokens >= self._fused_from else nullcontext()
 
     def debug_tensors(self) -> Mapping[str, torch.Tensor]:
         """See ``Executable``: ``hidden [tokens, hidden_size]`` and what each layer gave, ``layers.{i}``."""

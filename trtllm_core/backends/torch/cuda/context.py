@@ -12,11 +12,16 @@ import torch
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, Row
 from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
+from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Attention
 
 FUSED = (torch.bfloat16, torch.float16)
 """What PyTorch's FlashAttention takes."""
+
+FUSED_FROM = 512
+"""Tokens of a call from which on it runs kernels of ours without a graph: then the GPU is busy with each of them for
+longer than the host with the launch of the next, and what passes through memory less often is what counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,22 @@ class MixedContext(PagedContext):
         fresh = [row for row in several if row.past == 0]
         self._prompts = self._packed(fresh) if len(fresh) > 1 else None
         self._others = [row for row in several if row.past > 0] if self._prompts is not None else several
+        self._alone = len(fresh) == len(batch.rows) and self._prompts is not None
         self._several = several
+        self._tokens = self._every_token(positions) if len(positions) >= FUSED_FROM else None
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
-        self._rotate(layer, qkv)
         cache = self.pool.layers[layer.index]
+        if self._tokens is not None:
+            qkv = place_prompt(layer, qkv.contiguous(), cache, self._tokens, self.batch.tokens_per_block)
+        else:
+            self._rotate(layer, qkv)
+            self.batch.store(cache, qkv[:, layer.num_heads :])
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
-        self.batch.store(cache, kv)
+        if self._alone and is_fused(layer, q.dtype):
+            assert self._prompts is not None
+            return attend_prompts(layer, q, kv, self._prompts).flatten(1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self._decode is not None:
             size, own = self.batch.tokens_per_block, qkv[self._single].contiguous()
@@ -73,6 +86,20 @@ class MixedContext(PagedContext):
         past = batch.to_device(past.astype(np.int32))
         return DecodeRows(
             past, past, tables, batch.to_device(np.array([width], np.int32)), width * batch.tokens_per_block
+        )
+
+    def _every_token(self, positions: torch.Tensor) -> DecodeRows:
+        """Each token as a row of its own. The rows' tables lie one after another, and are as good as one table."""
+        batch, (rows, width) = self.batch, self.batch.tables.shape
+        lengths = np.array([row.queries for row in batch.rows])
+        first = np.arange(rows) * (width * batch.tokens_per_block) + batch.after - np.cumsum(lengths)
+        entry = np.arange(lengths.sum()) + np.repeat(first, lengths)
+        return DecodeRows(
+            batch.to_device(entry.astype(np.int32)),
+            positions.int(),
+            batch.to_device(batch.tables.reshape(-1)),
+            batch.to_device(np.array([width], np.int32)),
+            width * batch.tokens_per_block,
         )
 
     def _packed(self, rows: list[Row]) -> Prompts:
