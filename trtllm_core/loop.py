@@ -16,6 +16,7 @@ from trtllm_core.decoding.plan import Plan, PlanItem
 from trtllm_core.decoding.positions import Positions, with_copies
 from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
+from trtllm_core.decoding.resting import with_resting
 from trtllm_core.feeding import Feed, Rows
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
@@ -91,12 +92,13 @@ class StepLoop:
         return take_up(self.branches, live, self.cache)
 
     def reserve(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """Make room for what ``step`` is going to run.
+        """Make room for what ``step`` is going to run, in slots that rest too.
 
         Raises:
             OutOfBlocksError: there is none, and nothing was changed. Preempt somebody.
         """
-        self.cache.extend(np.asarray(slots, np.int64), np.asarray(counts, np.int64))
+        slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
+        self.cache.extend(*with_resting(self.branches, self.cache, slot, count))
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], counts: Sequence[int]) -> list[Delta]:

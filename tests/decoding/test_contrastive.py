@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_core import BuildConfig, KVCacheConfig, ModelRunner, SamplingConfig, build_engine, use
+from trtllm_core import BuildConfig, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
+from trtllm_core.decoding.contrastive import ContrastiveSearch
 from trtllm_core.decoding.request import Request
 from trtllm_core.errors import CapacityError, ConfigError
+from trtllm_core.plugin import hookimpl
 from trtllm_core.session import Session
 from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.markov import MarkovExecutable
@@ -165,3 +167,59 @@ def test_refusals():
     with pytest.raises(ConfigError, match="needs 'hidden_states', which this session cannot give it"):
         ModelRunner.from_engine(engine).generate([[5]], config())
     assert engine.calls == calls, "before the first token"
+
+
+@pytest.mark.parametrize("policy", ["paged", "prefix"])
+def test_a_pool_that_is_promised_to_nobody(llama, policy):
+    """Where candidates find no room, somebody gives way, and the texts are those of requests alone."""
+    greedy = SamplingConfig(end_id=(), max_new_tokens=30, return_dict=True)
+    prompts = [[3, 1, 4], [9, 8], [5, 6, 7, 5, 6], [2, 7, 1, 8, 2, 8]]
+    asked = [config(20, top_k=2), greedy, config(20, top_k=3), greedy]
+    alone = ModelRunner.from_dir(llama, batch_invariant=True)
+    due = [alone.generate([each], one)["outputs"][0].tokens for each, one in zip(prompts, asked, strict=True)]
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 1, 0]):
+        tight = KVCacheConfig(policy=policy, max_tokens=116, options={"admission": "optimistic"})
+        runner = ModelRunner.from_dir(llama, kv_cache=tight, batch_invariant=True)
+        outputs = runner.generate([prompts[i] for i in order], [asked[i] for i in order])["outputs"]
+        assert [(one.finish_reason, one.tokens) for one in outputs] == [("length", due[i]) for i in order]
+        assert sum(one.preemptions for one in outputs) > 0, "or there was room for all of them"
+        loop = runner.generation.loop
+        assert loop.cache.usage().free == loop.cache.usage().total
+        loop.cache.policy.check_integrity()
+
+
+@pytest.mark.parametrize("admission", ["worst_case", "optimistic"])
+def test_alone_in_the_smallest_pool_that_takes_it(llama, admission):
+    """6 blocks for each of 3 branches."""
+    runner = ModelRunner.from_dir(llama, kv_cache=KVCacheConfig(max_tokens=72, options={"admission": admission}))
+    (output,) = runner.generate([[3, 1, 4]], config(20, top_k=2))["outputs"]
+    other = Session.from_directory(llama)
+    assert list(output.tokens) == searched(lambda text: states_of(other, text), [3, 1, 4], 20, top_k=2)
+    smaller = ModelRunner.from_dir(llama, kv_cache=KVCacheConfig(max_tokens=68, options={"admission": admission}))
+    with pytest.raises(CapacityError, match="3 branches of 3 prompt tokens .* need 18 blocks of cache"):
+        smaller.generate([[3, 1, 4]], config(20, top_k=2))
+
+
+class Confused(ContrastiveSearch):
+    """Names a slot that does not rest."""
+
+    def looks(self, slots):
+        return dict.fromkeys(slots, 1)
+
+
+def test_a_decoder_that_asks_for_room_that_is_not_its_own():
+    class Package:
+        hook_api = "decoder>=1.0,<2"
+
+        @hookimpl
+        def trtllm_register_decoders(self, registrar):
+            registrar.add("confused", Confused)
+
+    runner = ModelRunner.from_engine(MarkovExecutable(build=LIMITS), plugins=Plugins.load(extra=[Package()]))
+    configs = [
+        config(),
+        SamplingConfig(decoder=use("confused", top_k=2), end_id=(), max_new_tokens=5, return_dict=True),
+    ]
+    fine, bad = runner.generate([[5], [6]], configs)["outputs"]
+    assert (fine.finish_reason, bad.finish_reason) == ("length", "plugin_error")
+    assert "from looks, not tokens by resting slot" in str(bad.error)

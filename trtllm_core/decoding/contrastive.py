@@ -92,6 +92,10 @@ class ContrastiveSearch(Decoder):
                 text.states[text.known] = text.seen[1][text.seen[0].index(token)]
                 text.known += 1
 
+    def looks(self, slots: Sequence[int]) -> dict[int, int]:
+        resting = ((slot, self._resting[self._texts[slot].request_id]) for slot in slots)
+        return {each: int(self._context.lengths[slot]) + 1 for slot, several in resting for each in several}
+
     def select(self, logits: torch.Tensor, batch: LogitsBatch) -> Selection:
         rows, slots = batch.active.nonzero().flatten().tolist(), batch.slot.tolist()
         tokens = torch.zeros_like(batch.slot)

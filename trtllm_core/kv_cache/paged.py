@@ -244,6 +244,7 @@ class PagedPolicy(SlotPolicy):
         strange = 0
         for slot, end in zip(rows.tolist(), want.tolist(), strict=True):
             before, held = len(draws), int(self._held[slot])
+            counted, promised = held, int(self._promised[slot])
             for index in self._touched(int(self._length[slot]), end):
                 block = int(self._table[slot, index])
                 if block < 0:
@@ -253,7 +254,8 @@ class PagedPolicy(SlotPolicy):
                 else:
                     left[block] = left.get(block, 0) + 1
                 draws.append((slot, index, block))
-            strange += max(0, min(len(draws) - before, held - int(self._promised[slot])))
+            # Of a slot with a promise, shared blocks are counted already as if they were its own.
+            strange += max(0, held - max(promised, counted)) if promised else len(draws) - before
         missing = len(draws) - self._pool.available
         if strange:
             missing = max(missing, strange - self._unpromised())

@@ -178,7 +178,8 @@ class DecoderHost(Protocol):
 
         ``tokens[i]`` run in slot ``resting[i]``, behind the text of the branch in slot ``source[i]``; None: behind
         nothing, from the beginning. The resting slots are of the same request, each named once, and what runs there
-        changes no branch. Only in ``select``, where the cache holds all of the branches' text.
+        changes no branch. Only in ``select``, where the cache holds all of the branches' text. ``looks`` says
+        before the step how many tokens that are going to be, so that there is room for them.
 
         Raises:
             OutOfBlocksError: the cache has no room for it.
@@ -217,6 +218,15 @@ class Decoder(SlotPlugin):
         positions. Rows that are not ``active`` are other decoders'.
         """
         return None
+
+    def looks(self, slots: Sequence[int]) -> dict[int, int]:
+        """What ``select`` is going to run in resting slots (``host.look``) for branches in ``slots``, which choose a
+        token in the coming step: by resting slot, how many tokens it will hold at most, the text before them included.
+
+        Asked before each such step, maybe more than once. Where the cache has no room for them, a request is put off
+        and computed anew, as it is where there is none for its text. The default runs none.
+        """
+        return {}
 
     def select(self, logits: torch.Tensor, batch: LogitsBatch) -> Selection | Candidates:
         """Choose from processed ``logits`` (float32 ``[n, vocab_size_padded]``), which may be overwritten. Pure.
