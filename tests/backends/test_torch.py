@@ -207,7 +207,7 @@ def test_refusals(load: Load, tmp_path: Path, plugins: Plugins) -> None:
     ("build", "message"),
     [
         ({"options": {"fast": True}}, "torch backend has no build option 'fast'"),
-        ({"kv_dtype": "float16"}, "keys and values in the engine's dtype, float32"),
+        ({"kv_dtype": "float16"}, "keys and values as fp8, int8 codes, or in the engine's dtype, float32"),
     ],
 )
 def test_builds_that_it_refuses(build: dict[str, Any], message: str, tmp_path: Path, plugins: Plugins) -> None:

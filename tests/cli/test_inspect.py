@@ -283,3 +283,23 @@ def test_doctor_on_damage(cli: Callable, tiny_engine: Path, tmp_path: Path) -> N
 def test_doctor_on_too_little_memory(cli: Callable, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_module, "memory_available", lambda: 600_000)
     assert "--kv-max-tokens" in cli("doctor", tiny_engine).stdout
+
+
+# -- keys and values as codes ----------------------------------------------------------------------------------------
+
+
+def test_codes_of_the_kv_cache_are_told(cli: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    limits = ("--max-seq-len", "128", "--max-input-len", "96", "--dtype", "float32")
+    assert "int8 KV cache" in cli("build", tiny_checkpoint, "-o", engine, *limits, "--kv-dtype", "int8").output
+    whole, coded = (
+        json.loads(cli("plan", tiny_checkpoint, *limits, *kind, "--json").stdout)["kv_per_token"]
+        for kind in ((), ("--kv-dtype", "int8"))
+    )
+    runner = ModelRunner.from_dir(engine)
+    size = runner.config.model.head_size
+    assert coded * 4 * size == whole * (size + 4)
+    assert runner.generation.loop.cache.plan.model.bytes_per_token == coded
+    assert re.search(r"kv.dtype\s+int8", cli("explain", engine).stdout)
+    assert re.search(r"KV at limits .* int8", cli("inspect", engine).stdout)
+    assert "kv_dtype" in cli("build", tiny_checkpoint, "-o", tmp_path / "no", "--kv-dtype", "int3", status=2).output

@@ -124,7 +124,8 @@ def _check_place(output: Path, checkpoint: Checkpoint) -> None:
 def _shown(config: EngineConfig) -> str:
     quantization = config.build.quantization
     codes = "" if quantization is None else f" {quantization.weights}"
-    return f"{config.family.name} {config.model.dtype}{codes} for {config.backend.name}"
+    kv = "" if config.kv_dtype == config.model.dtype else f", {config.kv_dtype} KV cache,"
+    return f"{config.family.name} {config.model.dtype}{codes}{kv} for {config.backend.name}"
 
 
 class _Bar:

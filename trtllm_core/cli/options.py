@@ -60,6 +60,7 @@ class BuildOptions:
     """How an engine is built. What is left out is ``BuildConfig``'s default."""
 
     dtype: Annotated[str | None, _build("float32, bfloat16 or float16 (default: the checkpoint's own).")] = None
+    kv_dtype: Annotated[str | None, _build("Of keys and values: fp8, int8, or the engine's (default).")] = None
     backend: Annotated[str | None, _build("What executes the engine (default: torch).")] = None
     max_batch_size: Annotated[int | None, _build("Sequences that run together (default: 8).")] = None
     max_beam_width: Annotated[int | None, _build("Most beams of a search (default: 1).")] = None

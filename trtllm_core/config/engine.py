@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trtllm_core.config.base import Config
-from trtllm_core.config.model import DType, ModelConfig
+from trtllm_core.config.model import DType, KVDType, ModelConfig
 from trtllm_core.config.quantization import Quantization, QuantizationConfig
 
 FORMAT_VERSION = 1
@@ -23,7 +23,9 @@ class BuildConfig(Config):
 
     backend: str = "torch"
     dtype: DType | None = Field(default=None, description="None keeps the checkpoint's own floating-point type")
-    kv_dtype: DType | None = Field(default=None, description="None is the engine's dtype")
+    kv_dtype: KVDType | None = Field(
+        default=None, description="of cached keys and values: fp8 or int8; None: the engine's dtype"
+    )
     max_batch_size: int = Field(default=8, ge=1, le=65536)
     max_input_len: int = Field(default=1024, ge=1)
     max_seq_len: int = Field(default=2048, ge=2, description="prompt and generated tokens together")
@@ -126,8 +128,8 @@ class EngineConfig(Config):
     source_digest: str = Field(default="", description="fingerprint of the checkpoint's files")
 
     @property
-    def kv_dtype(self) -> DType:
-        """Type of the cached keys and values."""
+    def kv_dtype(self) -> KVDType:
+        """How keys and values are cached."""
         return self.build.kv_dtype or self.model.dtype
 
     @property

@@ -9,7 +9,12 @@ from pydantic import Field, model_validator
 from trtllm_core.config.base import Config
 
 DType = Literal["float32", "bfloat16", "float16"]
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+KVDType = Literal["float32", "bfloat16", "float16", "fp8", "int8"]
+"""How keys and values are cached: as numbers, or as codes of one byte (fp8 is e4m3) with a scale for each token and
+head."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+SCALE_BYTES = {"fp8": 4, "int8": 4}
+"""Beside the codes of one head of a token's key, or of its value."""
 
 
 class ModelConfig(Config):
@@ -39,5 +44,5 @@ class ModelConfig(Config):
 
     def kv_bytes_per_token(self, dtype: str | None = None, tp_size: int = 1) -> int:
         """Bytes of keys and values that one token takes on one rank, over all layers."""
-        heads = max(self.num_kv_heads // tp_size, 1)
-        return 2 * self.num_layers * heads * self.head_size * BYTES[dtype or self.dtype]
+        heads, kind = max(self.num_kv_heads // tp_size, 1), dtype or self.dtype
+        return 2 * self.num_layers * heads * (self.head_size * BYTES[kind] + SCALE_BYTES.get(kind, 0))

@@ -163,6 +163,7 @@ def test_limits_of_the_build(checkpoint: Path, tmp_path: Path, plugins: Plugins)
         ({"dtype": "bfloat16"}, "no bfloat16 on the CPU"),
         ({"tp_size": 2}, "one rank"),
         ({"kv_dtype": "float16", "dtype": "float32"}, "leave kv_dtype out"),
+        ({"kv_dtype": "int8"}, "backend keeps keys and values in the engine's dtype, float32: leave kv_dtype out"),
     ):
         build = BuildConfig(**{**LIMITS.model_dump(exclude_unset=True), "backend": "onnxruntime", **changes})
         with pytest.raises(ConfigError, match=message):

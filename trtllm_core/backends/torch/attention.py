@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trtllm_core.backends.torch.batch import PackedBatch, PaddedRows, Row, causal_mask, ring_mask, token_numbers
 from trtllm_core.backends.torch.biases import capped_attention, causal_bias, masked_bias
+from trtllm_core.backends.torch.layer_cache import LayerCache
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding, rotate_
 
@@ -29,7 +30,7 @@ class PagedContext:
         padded, ragged = self.batch.decode, self.batch.ragged
         # What a ring overwrites with the tokens of this call, the first of them still see.
         past = {row.tokens.start: row.read_past(cache) for row in ragged if row.wraps and row.queries > 1}
-        self.batch.store(cache, kv)
+        kv = self.batch.store(cache, kv)
         if padded is not None and not ragged:
             return self._padded(layer, q, cache, padded).flatten(1)
         if padded is None and len(ragged) == 1:
@@ -50,10 +51,8 @@ class PagedContext:
             rope = self._ropes[layer.rotary] = layer.rotary(self.positions)
         rotate_(qkv, layer.num_heads + layer.num_kv_heads, *rope)
 
-    def _padded(self, layer: Attention, q: torch.Tensor, cache: torch.Tensor, rows: PaddedRows) -> torch.Tensor:
-        # Whole blocks are gathered, as one long row each: far fewer and longer copies than entry by entry.
-        blocks = cache.view(cache.shape[0] // self.batch.tokens_per_block, -1)
-        kv = blocks.index_select(0, rows.blocks).view(rows.count, rows.entries, *cache.shape[1:])
+    def _padded(self, layer: Attention, q: torch.Tensor, cache: LayerCache, rows: PaddedRows) -> torch.Tensor:
+        kv = cache.blocks(rows.blocks).view(rows.count, rows.entries, 2 * layer.num_kv_heads, layer.head_size)
         return _grouped(layer, q, kv, self._mask(layer, layer.sliding_window, rows))
 
     def _row(
@@ -61,7 +60,7 @@ class PagedContext:
         layer: Attention,
         q: torch.Tensor,
         kv: torch.Tensor,
-        cache: torch.Tensor,
+        cache: LayerCache,
         row: Row,
         past: dict[int, torch.Tensor],
     ) -> torch.Tensor:
@@ -90,7 +89,7 @@ class PagedContext:
         return mask
 
     def _made(self, layer: Attention, window: int | None, rows: Row | PaddedRows) -> torch.Tensor:
-        dtype, device = self.pool.storage.dtype, self.positions.device
+        dtype, device = self.pool.dtype, self.positions.device
         if isinstance(rows, PaddedRows):
             seen = rows.mask(window)
             if layer.alibi is None:
@@ -117,7 +116,7 @@ class PagedContext:
             return ring_mask(number, query, window, row.plan)
         query = query.flip(0)
         seen = ring_mask(number, query, window, row.plan)
-        bias = masked_bias(layer.alibi, number - query[:, None], seen[:, None], self.pool.storage.dtype)
+        bias = masked_bias(layer.alibi, number - query[:, None], seen[:, None], self.pool.dtype)
         return bias.transpose(0, 1)
 
 

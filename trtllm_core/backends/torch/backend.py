@@ -14,9 +14,10 @@ from trtllm_core.backends.modules import fill, meta_module, parameter_dtypes, pa
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import DTYPES, Kernels
 from trtllm_core.backends.torch.cpu.layers import accelerate
-from trtllm_core.backends.torch.cuda.support import unsupported
+from trtllm_core.backends.torch.cuda.support import ADA, unsupported
 from trtllm_core.backends.torch.executable import TorchExecutable, tensor_specs
 from trtllm_core.backends.torch.kernels import choose_kernels, plain_product
+from trtllm_core.backends.torch.layer_cache import CODES
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.quantized import use_products
 from trtllm_core.config import EngineConfig
@@ -64,10 +65,10 @@ class TorchBackend(Backend):
         """
         if config.build.options:
             raise ConfigError(f"the torch backend has no build option {listing(config.build.options)}")
-        if config.kv_dtype != config.model.dtype:
+        if config.kv_dtype not in (config.model.dtype, *CODES):
             raise ConfigError(
-                f"the torch backend keeps keys and values in the engine's dtype, {config.model.dtype}: "
-                "leave kv_dtype out"
+                f"the torch backend keeps keys and values as {', '.join(CODES)} codes, or in the engine's dtype, "
+                f"{config.model.dtype}: leave kv_dtype={config.kv_dtype!r} out"
             )
         module = meta_module(config, family, TensorParallel(rank, config.build.tp_size))
         path = directory / f"rank{rank}.safetensors"
@@ -191,6 +192,10 @@ def check_device(device: torch.device, config: EngineConfig, batch_invariant: bo
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineUnsupportedError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU; use device='cpu'")
+    if config.kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA:
+        raise EngineUnsupportedError(
+            "fp8 keys and values need a GPU of compute capability 8.9 or newer: build the engine with kv_dtype='int8'"
+        )
     if batch_invariant and (device.type != "cpu" or config.model.dtype != "float32"):
         raise EngineUnsupportedError(
             f"batch_invariant runs float32 engines on the CPU; this engine is {config.model.dtype} on {device.type}"

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from trtllm_core.backends.torch.layer_cache import LayerCache
 from trtllm_core.plugin.kv_policy import KVPlan
 
 
@@ -73,20 +74,19 @@ class Row:
         """Whether its cache is a ring that has overwritten something by the end of this call."""
         return self.plan.window is not None and self.length > self.plan.window
 
-    def read(self, cache: torch.Tensor) -> torch.Tensor:
-        """The row's part of a layer's cache ``[entries, ...] -> [length, ...]``: a view where its blocks are
-        neighbours. Of a ring, all of its entries, as they lie there."""
+    def read(self, cache: LayerCache) -> torch.Tensor:
+        """The row's part of a layer's cache, ``[length, 2 * kv_heads, d]``: a view where its blocks are neighbours.
+        Of a ring, all of its entries, as they lie there."""
         if self._run is not None:
-            return cache[self._run]
-        blocks = cache.view(-1, self.plan.tokens_per_block, *cache.shape[1:])
-        return blocks[torch.from_numpy(self.blocks).to(cache.device)].flatten(0, 1)[: self._entries]
+            return cache.read(self._run)
+        return cache.blocks(torch.from_numpy(self.blocks).to(cache.data.device))[: self._entries]
 
-    def read_past(self, cache: torch.Tensor) -> torch.Tensor:
+    def read_past(self, cache: LayerCache) -> torch.Tensor:
         """Of a ring that wraps, before this call writes: what its queries see of the past, oldest first."""
         entry = self.plan.cache_index(self.seen_past)
         size = self.plan.tokens_per_block
         place = self.blocks[entry // size].astype(np.int64) * size + entry % size
-        return cache.index_select(0, torch.from_numpy(place).to(cache.device))
+        return cache.gather(torch.from_numpy(place).to(cache.data.device))
 
     @cached_property
     def seen_past(self) -> np.ndarray:
@@ -143,9 +143,10 @@ class PackedBatch:
         """int64: where in the pool they are written."""
         self.single = lengths == 1
 
-    def store(self, cache: torch.Tensor, kv: torch.Tensor) -> None:
-        """Write keys and values of the call's tokens, ``[tokens, 2 * kv_heads, d]``, to a layer's cache."""
-        cache.index_copy_(0, self.write, kv if self.written is None else kv[self.written])
+    def store(self, cache: LayerCache, kv: torch.Tensor) -> torch.Tensor:
+        """Write keys and values of the call's tokens, ``[tokens, 2 * kv_heads, d]``, to a layer's cache; returns them
+        as it keeps them."""
+        return cache.write(self.write, kv, self.written)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """The array as a tensor on the device."""

@@ -131,7 +131,7 @@ class TorchExecutable(Executable):
         if plan.scores and plan.window is not None:
             raise BackendError("the torch backend keeps no attention scores of cyclic caches: their entries change")
         self._pool = self._graphs = None  # so that the old pool is gone before the new one is there
-        self._pool = KVPool(plan, getattr(torch, plan.model.dtype), self.device)
+        self._pool = KVPool(plan, getattr(torch, self.config.model.dtype), self.device)
         if self.capabilities.batch_invariant:
             self._context = InvariantContext
         elif plan.scores or plan.positions == "cache":

@@ -10,6 +10,7 @@ import torch
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import Row, ring_mask
 from trtllm_core.backends.torch.kernels import invariant_rows
+from trtllm_core.backends.torch.layer_cache import LayerCache
 from trtllm_core.backends.torch.plain import turned
 from trtllm_core.nn import Attention
 
@@ -30,7 +31,7 @@ class InvariantContext(PagedContext):
         cache = self.pool.layers[layer.index]
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
         past = {row.tokens.start: row.read_past(cache) for row in self.batch.rows if row.wraps}
-        self.batch.store(cache, kv)
+        kv = self.batch.store(cache, kv)
         out = torch.empty_like(q)
         with one_thread():
             for row in self.batch.rows:
@@ -60,9 +61,9 @@ Tiles = tuple[list[int], torch.Tensor, torch.Tensor]
 """Numbers of the tiles that a row sees, and keys and values ``[tiles, kv_heads, TILE, d]``, filled up with zeros."""
 
 
-def _tiled(row: Row, cache: torch.Tensor) -> Tiles:
+def _tiled(row: Row, cache: LayerCache) -> Tiles:
     padded = torch.nn.functional.pad(row.read(cache), (0, 0, 0, 0, 0, -row.length % TILE))
-    k, v = padded.view(-1, TILE, *cache.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+    k, v = padded.view(-1, TILE, *padded.shape[1:]).transpose(1, 2).chunk(2, dim=1)
     return list(range(len(k))), k, v
 
 

@@ -32,7 +32,7 @@ class PlainContext(PagedContext):
         cache = self.pool.layers[layer.index]
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
         past = {row.tokens.start: row.read_past(cache) for row in self.batch.rows if row.wraps}
-        self.batch.store(cache, kv)
+        kv = self.batch.store(cache, kv)
         out = torch.empty_like(q)
         for i, row in enumerate(self.batch.rows):
             query = torch.arange(row.past, row.length, device=q.device)

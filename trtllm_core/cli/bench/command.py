@@ -121,6 +121,7 @@ class _Run:
             "backend": runner.config.backend.name,
             "dtype": runner.config.model.dtype,
             "quantization": quantized and quantized.weights,
+            "kv_dtype": runner.config.kv_dtype,
             "device": str(runner.device),
             "device_name": _device_name(runner.device),
             "threads": torch.get_num_threads(),

@@ -38,6 +38,7 @@ class SubjectOptions:
     ] = None
     dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
     quant: Annotated[str | None, _option("Of random weights: int4 or int8 (default: the dtype).", "What")] = None
+    kv_dtype: Annotated[str | None, _option("Of random weights' KV cache: fp8 or int8.", "What")] = None
     option: Annotated[
         list[str] | None,
         _option("Of the backend, such as cuda_graphs=false: NAME=VALUE. May be repeated.", "What"),
@@ -48,7 +49,8 @@ class SubjectOptions:
     def random(self) -> dict[str, Any]:
         """Of random weights, what ``BuildConfig`` says of them."""
         quant = None if self.quant is None else {"weights": self.quant}
-        return {name: value for name, value in (("dtype", self.dtype), ("quantization", quant)) if value is not None}
+        values = {"dtype": self.dtype, "quantization": quant, "kv_dtype": self.kv_dtype}
+        return {name: value for name, value in values.items() if value is not None}
 
     def backend(self) -> dict[str, Any]:
         """How the backend loads it.

@@ -65,7 +65,8 @@ def print_scale(found: dict[str, Any]) -> None:
 
 def _title(found: dict[str, Any]) -> str:
     weights = f", {found['quantization']} weights" if found["quantization"] else ""
-    return f"{found['name']}: {found['dtype']}{weights} on {found['device']}, {found['threads']} threads"
+    kv = f", {found['kv_dtype']} KV cache" if found["kv_dtype"] != found["dtype"] else ""
+    return f"{found['name']}: {found['dtype']}{weights}{kv} on {found['device']}, {found['threads']} threads"
 
 
 def _memory(name: str, found: dict[str, Any], device: str) -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ def subject_of(
     """What the command line names.
 
     Args:
-        weights: ``dtype`` and ``quantization`` of random weights, where they are not the published ones.
+        weights: ``dtype``, ``quantization`` and ``kv_dtype`` of random weights, where they are not the published ones.
         limits: that a shape's engine needs: ``max_batch_size`` and its like. An engine on disk has its own.
         options: of the backend.
 
@@ -79,6 +79,6 @@ def subject_of(
         raise ConfigError("name an engine, or a shape with --shape NAME, and not both")
     if engine is not None:
         if weights:
-            raise ConfigError("--dtype and --quant are for random weights (--shape): an engine has its own")
+            raise ConfigError("--dtype, --quant and --kv-dtype are for random weights (--shape): an engine has its own")
         return Subject(engine=str(engine), options=options)
     return Subject(shape=str(shape), limits={**limits, **weights}, options=options)

@@ -32,7 +32,7 @@ class DecodeAttention:
 
     def context(self, batch: PackedBatch, pool: KVPool, positions: torch.Tensor) -> PagedContext:
         """The context of one call."""
-        if pool.plan.window is None and batch.single.all():
+        if pool.plan.window is None and pool.scales is None and batch.single.all():
             return DecodeContext(batch, pool, positions, self)
         return PagedContext(batch, pool, positions)
 
@@ -62,7 +62,7 @@ class DecodeContext(PagedContext):
         heads = self._attention.heads(layer)
         if heads is None:
             return super().attend(layer, qkv)
-        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index])
+        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index].data)
 
 
 def _can(layer: Attention, dtype: torch.dtype) -> bool:

@@ -43,9 +43,9 @@ class MixedContext(PagedContext):
         super().__init__(batch, pool, positions)
         single = np.flatnonzero(batch.single)
         several = [row for row, one in zip(batch.rows, batch.single, strict=True) if not one]
-        self._decode = self._decode_rows(single) if len(single) else None
         starts = np.array([batch.rows[i].tokens.start for i in single], np.int64)
         self._single = _run([slice(start, start + 1) for start in starts], batch)
+        self._decode = self._decode_rows(single, positions[self._single]) if len(single) else None
         fresh = [row for row in several if row.past == 0]
         self._prompts = self._packed(fresh) if len(fresh) > 1 else None
         self._others = [row for row in several if row.past > 0] if self._prompts is not None else several
@@ -55,20 +55,22 @@ class MixedContext(PagedContext):
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
-        cache = self.pool.layers[layer.index]
+        cache, given = self.pool.layers[layer.index], qkv
         if self._tokens is not None:
             qkv = place_prompt(layer, qkv.contiguous(), cache, self._tokens, self.batch.tokens_per_block)
         else:
             self._rotate(layer, qkv)
-            self.batch.store(cache, qkv[:, layer.num_heads :])
         q, kv = qkv[:, : layer.num_heads], qkv[:, layer.num_heads :]
+        if self._tokens is None:
+            kv = self.batch.store(cache, kv)
         if self._alone and is_fused(layer, q.dtype):
             assert self._prompts is not None
             return attend_prompts(layer, q, kv, self._prompts).flatten(1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self._decode is not None:
-            size, own = self.batch.tokens_per_block, qkv[self._single].contiguous()
-            seen = decode_attention(layer, own, cache, self._decode, size, rotated=True)
+            # As they were given: keys and values that were rounded to codes would be rounded once more.
+            size, own = self.batch.tokens_per_block, given[self._single].contiguous()
+            seen = decode_attention(layer, own, cache, self._decode, size, rotated=self._tokens is None)
             out[self._single] = seen.view(-1, *q.shape[1:])
         rows: Sequence[Row] = self._several
         if self._prompts is not None and is_fused(layer, q.dtype):
@@ -78,15 +80,14 @@ class MixedContext(PagedContext):
             out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, {})
         return out.flatten(1)
 
-    def _decode_rows(self, rows: np.ndarray) -> DecodeRows:
+    def _decode_rows(self, rows: np.ndarray, positions: torch.Tensor) -> DecodeRows:
         batch = self.batch
         past = batch.after[rows] - 1
         width = int(past.max()) // batch.tokens_per_block + 1
         tables = batch.to_device(batch.tables[rows, :width].astype(np.int32).reshape(-1))
         past = batch.to_device(past.astype(np.int32))
-        return DecodeRows(
-            past, past, tables, batch.to_device(np.array([width], np.int32)), width * batch.tokens_per_block
-        )
+        bound = batch.to_device(np.array([width], np.int32))
+        return DecodeRows(past, positions.int(), tables, bound, width * batch.tokens_per_block)
 
     def _every_token(self, positions: torch.Tensor) -> DecodeRows:
         """Each token as a row of its own. The rows' tables lie one after another, and are as good as one table."""

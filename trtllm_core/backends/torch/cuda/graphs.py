@@ -212,7 +212,7 @@ class StepGraphs:
         )
         layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
         self.prompts: PromptGraphs | None = None
-        if all(is_fused(layer, pool.storage.dtype) for layer in layers):
+        if all(is_fused(layer, pool.dtype) for layer in layers):
             sizes = [size for size in PROMPTS if size < tokens] or [tokens]
             room = DecodeInputs(sizes[-1], width, device)
             self.prompts = PromptGraphs(module, pool, sizes, room, memory, switch)

@@ -9,6 +9,8 @@ import torch
 
 HOPPER = (9, 0)
 """The compute capability from which kernels can be launched before the one before them is done."""
+ADA = (8, 9)
+"""The compute capability from which there are conversions to and from fp8."""
 AMPERE = (8, 0)
 """The compute capability from which there are matrix products in bfloat16."""
 

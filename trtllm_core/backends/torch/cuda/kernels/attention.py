@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from trtllm_core.backends.torch.cuda.kernels.codes import encoded
 from trtllm_core.backends.torch.cuda.support import launch_options, up
+from trtllm_core.backends.torch.layer_cache import LayerCache, largest_of
 from trtllm_core.nn import Attention
 
 PROGRAMS = 132
@@ -48,7 +50,7 @@ def splits_for(rows: int, kv_heads: int, longest: int) -> int:
 def decode_attention(
     layer: Attention,
     qkv: torch.Tensor,
-    cache: torch.Tensor,
+    cache: LayerCache,
     rows: DecodeRows,
     tokens_per_block: int,
     rotated: bool = False,
@@ -58,7 +60,7 @@ def decode_attention(
     Args:
         layer: heads, scale, window, cap, rotation and biases.
         qkv: ``[rows, heads + 2 * kv_heads, head_size]``, contiguous, not yet rotated. Stays as it is.
-        cache: of the layer, ``[entries, 2 * kv_heads, head_size]``.
+        cache: of the layer.
         rows: where the rows' caches are.
         tokens_per_block: entries of a block.
         rotated: whether queries and keys are already.
@@ -79,7 +81,8 @@ def decode_attention(
     options = launch_options(qkv.device)
     _attend[(count, kv_heads, splits)](
         qkv,
-        cache,
+        cache.data,
+        cache.data if cache.scales is None else cache.scales,
         rows.tables,
         rows.width,
         rows.past,
@@ -104,6 +107,7 @@ def decode_attention(
         BIASED=slopes is not None,
         WINDOWED=layer.sliding_window is not None,
         EXACT=qkv.dtype == torch.float32,
+        LARGEST=largest_of(cache),
         num_warps=4,
         **options,
     )
@@ -132,6 +136,7 @@ def _scored(dots, entry, past, scale, softcap, slope, CAPPED: tl.constexpr, BIAS
 def _attend(
     qkv_ptr,
     cache_ptr,
+    scales_ptr,
     tables_ptr,
     width_ptr,
     past_ptr,
@@ -156,9 +161,14 @@ def _attend(
     BIASED: tl.constexpr,
     WINDOWED: tl.constexpr,
     EXACT: tl.constexpr,
+    LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One key/value head of a row, for all queries of its group; the last split has the new token too."""
+    """One key/value head of a row, for all queries of its group; the last split has the new token too.
+
+    ``LARGEST`` of 0: the cache holds numbers. Codes are exact in half precision, whatever the dtype of the queries; a
+    key's scale goes to its score and a value's to its weight, and what could overflow or vanish is divided out before.
+    """
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -189,6 +199,13 @@ def _attend(
         k_swapped = tl.load(k_at + swapped, mask=inside, other=0.0)
         q = _turned(q, q_swapped, cos[None, :], sin[None, :]).to(dtype)
         k_new = _turned(k_new, k_swapped, cos, sin).to(dtype)
+    narrow = dtype
+    unit = tl.full((GROUP_PADDED,), 1.0, tl.float32)
+    if LARGEST > 0 and not EXACT:
+        narrow = tl.float16
+        unit = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
+        q = q.to(tl.float32) / unit[:, None]
+    q_narrow = q.to(narrow)
     slope = tl.zeros((GROUP_PADDED, 1), tl.float32)
     if BIASED:
         slope = tl.load(slopes_ptr + kv_head * GROUP + group, mask=group < GROUP, other=0.0)[:, None]
@@ -199,9 +216,20 @@ def _attend(
         v_new = tl.load(own + ((GROUP + 1) * KV_HEADS + kv_head) * SIZE + element, mask=inside, other=0.0)
         block = tl.load(tables_ptr + row * width + past // BLOCK).to(tl.int64)
         place = cache_ptr + (block * BLOCK + past % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE + element
-        tl.store(place, k_new, mask=inside)
-        tl.store(place + KV_HEADS * SIZE, v_new, mask=inside)
-        dots = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)[:, None]
+        if LARGEST > 0:
+            codes, k_scale = encoded(k_new.to(tl.float32)[None, :], LARGEST, cache_ptr.dtype.element_ty)
+            at = (block * (2 * KV_HEADS) + kv_head) * BLOCK + past % BLOCK + tl.arange(0, 1)
+            tl.store(place[None, :], codes, mask=inside[None, :])
+            tl.store(scales_ptr + at, k_scale)
+            k_new = tl.reshape(codes.to(tl.float32) * k_scale[:, None], (PADDED,))
+            codes, v_scale = encoded(v_new.to(tl.float32)[None, :], LARGEST, cache_ptr.dtype.element_ty)
+            tl.store(place[None, :] + KV_HEADS * SIZE, codes, mask=inside[None, :])
+            tl.store(scales_ptr + at + KV_HEADS * BLOCK, v_scale)
+            v_new = tl.reshape(codes.to(tl.float32) * v_scale[:, None], (PADDED,))
+        else:
+            tl.store(place, k_new, mask=inside)
+            tl.store(place + KV_HEADS * SIZE, v_new, mask=inside)
+        dots = (tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * unit)[:, None]
         top = tl.reshape(_scored(dots, past, past, scale, softcap, slope, CAPPED, BIASED), (GROUP_PADDED,))
         total += 1.0
         mean += v_new.to(tl.float32)[None, :]
@@ -214,14 +242,21 @@ def _attend(
         held = entry < past
         if BLOCK % TILE == 0:
             block = tl.load(tables_ptr + row * width + number * TILE // BLOCK).to(tl.int64)
-            at = (block * BLOCK + number * TILE % BLOCK + tile) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+            within = number * TILE % BLOCK + tile
+            at = (block * BLOCK + within) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+            scale_at = scales_ptr + (block * (2 * KV_HEADS) + kv_head) * BLOCK + within
         else:
             blocks = tl.load(tables_ptr + row * width + entry // BLOCK, mask=held, other=0).to(tl.int64)
             at = (blocks * BLOCK + entry % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
+            scale_at = scales_ptr + (blocks * (2 * KV_HEADS) + kv_head) * BLOCK + entry % BLOCK
         k = tl.load(cache_ptr + at[None, :] + element[:, None], mask=held[None, :] & inside[:, None], other=0.0)
         v_at = cache_ptr + KV_HEADS * SIZE + at[:, None] + element[None, :]
         v = tl.load(v_at, mask=held[:, None] & inside[None, :], other=0.0)
-        dots = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32")
+        dots = tl.dot(q_narrow, k.to(narrow), input_precision="ieee" if EXACT else "tf32")
+        if LARGEST > 0:
+            k_scale = tl.load(scale_at, mask=held, other=0.0)
+            v_scale = tl.load(scale_at + KV_HEADS * BLOCK, mask=held, other=0.0)
+            dots = dots * (unit[:, None] * k_scale[None, :])
         scores = _scored(dots, entry[None, :], past, scale, softcap, slope, CAPPED, BIASED)
         seen = held
         if WINDOWED:
@@ -232,7 +267,13 @@ def _attend(
         # Where nothing was seen yet, ``higher`` is itself no score, and what is not seen would count as 1.
         weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
         total = total * decay + tl.sum(weights, 1)
-        mean = mean * decay[:, None] + tl.dot(weights.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
+        if LARGEST > 0:
+            most = tl.maximum(tl.max(v_scale, 0), 1e-30)
+            weights = (weights * (v_scale / most)[None, :]).to(narrow)
+            seen_here = tl.dot(weights, v.to(narrow), input_precision="ieee" if EXACT else "tf32") * most
+        else:
+            seen_here = tl.dot(weights.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
+        mean = mean * decay[:, None] + seen_here
         top = higher
     some = tl.where(total > 0, total, 1.0)
     mean = mean / some[:, None]

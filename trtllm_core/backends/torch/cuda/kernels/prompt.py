@@ -8,25 +8,27 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows
+from trtllm_core.backends.torch.cuda.kernels.codes import encoded
 from trtllm_core.backends.torch.cuda.support import launch_options, up
+from trtllm_core.backends.torch.layer_cache import LayerCache, largest_of
 from trtllm_core.nn import Attention
 
 
 def place_prompt(
-    layer: Attention, qkv: torch.Tensor, cache: torch.Tensor, tokens: DecodeRows, tokens_per_block: int
+    layer: Attention, qkv: torch.Tensor, cache: LayerCache, tokens: DecodeRows, tokens_per_block: int
 ) -> torch.Tensor:
     """Rotate the queries and keys of one sequence's tokens, and write its keys and values to its cache.
 
     Args:
         layer: heads and rotation.
         qkv: ``[tokens, heads + 2 * kv_heads, head_size]``, contiguous, not yet rotated. Stays as it is.
-        cache: of the layer, ``[entries, 2 * kv_heads, head_size]``.
+        cache: of the layer.
         tokens: of each its position, and its entry (``past``); -1: it fills up the bucket, and is written nowhere.
             ``tables`` is that of the one sequence.
         tokens_per_block: entries of a block.
 
     Returns:
-        ``qkv``, rotated.
+        ``qkv``, rotated, keys and values as the cache keeps them.
     """
     out = torch.empty_like(qkv)
     heads = layer.num_heads + 2 * layer.num_kv_heads
@@ -34,7 +36,8 @@ def place_prompt(
     _place[(qkv.shape[0],)](
         qkv,
         out,
-        cache,
+        cache.data,
+        cache.data if cache.scales is None else cache.scales,
         tokens.tables,
         tokens.past,
         tokens.positions,
@@ -47,6 +50,7 @@ def place_prompt(
         PADDED=up(layer.head_size),
         ROTARY=0 if layer.rotary is None else layer.rotary.dim,
         BLOCK=tokens_per_block,
+        LARGEST=largest_of(cache),
         num_warps=4,
         **launch_options(qkv.device),
     )
@@ -58,6 +62,7 @@ def _place(
     qkv_ptr,
     out_ptr,
     cache_ptr,
+    scales_ptr,
     tables_ptr,
     past_ptr,
     positions_ptr,
@@ -70,9 +75,10 @@ def _place(
     PADDED: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token, all heads."""
+    """One token, all heads. ``LARGEST`` of 0: the cache holds numbers."""
     token = tl.program_id(0).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
@@ -92,10 +98,18 @@ def _place(
         other = tl.load(qkv_ptr + own + swapped[None, :], mask=inside, other=0.0).to(tl.float32)
         turned = x.to(tl.float32) * cos[None, :] + other * sin[None, :]
         x = tl.where((head < TURNED)[:, None], turned.to(x.dtype), x)
+    codes = x
+    if LARGEST > 0:
+        codes, scale = encoded(x.to(tl.float32), LARGEST, cache_ptr.dtype.element_ty)
+        seen = codes.to(tl.float32) * scale[:, None]
+        x = tl.where((head < QUERIES)[:, None], x, seen.to(x.dtype))
     tl.store(out_ptr + own + element[None, :], x, mask=inside)
     past = tl.load(past_ptr + token)
     if past >= 0:
         block = tl.load(tables_ptr + past // BLOCK).to(tl.int64)
         place = (block * BLOCK + past % BLOCK) * ((HEADS - QUERIES) * SIZE)
         kept = inside & (head >= QUERIES)[:, None]
-        tl.store(cache_ptr + place + (head - QUERIES)[:, None] * SIZE + element[None, :], x, mask=kept)
+        tl.store(cache_ptr + place + (head - QUERIES)[:, None] * SIZE + element[None, :], codes, mask=kept)
+        if LARGEST > 0:
+            at = (block * (HEADS - QUERIES) + head - QUERIES) * BLOCK + past % BLOCK
+            tl.store(scales_ptr + at, scale, mask=(head >= QUERIES) & (head < HEADS))
