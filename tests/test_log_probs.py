@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from trtllm_core import ModelRunner, Plugins, SamplingConfig
+from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core.decoding.beam_search import BeamSearch
 from trtllm_core.decoding.scoring import scored
 from trtllm_core.errors import ConfigError
+from trtllm_core.plugin import hookimpl
 from trtllm_core.testing.markov import MarkovExecutable
 
 BASE = SamplingConfig(top_k=0, top_p=0.9, temperature=0.7, random_seed=4, end_id=(), max_new_tokens=6, return_dict=True)
@@ -97,3 +99,118 @@ def test_scored_rows_do_not_mix():
 def test_refused(runner, fields, words):
     with pytest.raises(ConfigError, match=words):
         runner.generate([[5]], BASE.replace(**fields))
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+GATHERED = BuildConfig(max_batch_size=4, max_beam_width=4, max_seq_len=40, gather_generation_logits=True)
+BEAMS = SamplingConfig(
+    num_beams=3, num_logprobs=4, output_log_probs=True, end_id=(2, 9), min_length=0, max_new_tokens=9, return_dict=True
+)
+GROUPS = use("diverse_beam_search", groups=2, penalty=2.0)  # which its log-probabilities are told less
+SEARCHES = {
+    "classic": BEAMS,
+    "early": BEAMS.replace(early_stopping=0, length_penalty=0.3, temperature=1.6),
+    "widths": BEAMS.replace(num_beams=4, beam_width_array=(2, 4, 3), num_logprobs=2),
+    "hf": BEAMS.replace(preset="hf", num_return_sequences=3),
+    "drawn": BEAMS.replace(preset="hf", top_k=0, top_p=1.0, temperature=1.3, num_return_sequences=2, random_seed=3),
+    "groups": BEAMS.replace(num_beams=4, num_return_sequences=4, decoder=GROUPS, output_log_probs=False),
+    "top-k": BEAMS.replace(top_k=5, normalize_log_probs=True),
+}
+
+
+@pytest.fixture(scope="module")
+def forking() -> ModelRunner:
+    """Logits depend on the whole text, so that a beam with another's would show."""
+    engine = MarkovExecutable(31, seed=5, build=GATHERED, remembers=True)
+    return ModelRunner.from_engine(engine, plugins=Plugins.load())
+
+
+def assert_they_are_of_the_path(out, config):
+    """Recomputed from the raw logits that were gathered at each of the sequence's tokens."""
+    raw = out.generation_logits[:, :31]
+    if config.preset == "hf":  # whose processors change log-probabilities
+        rows = raw.log_softmax(1) / config.temperature
+    else:
+        rows = (raw / (config.temperature + 1e-6 if config.temperature != 1 else 1)).log_softmax(1)
+    if config.top_k > 1:
+        least = rows.topk(config.top_k).values[:, -1:]
+        rows = rows.masked_fill(rows < least, -torch.inf).log_softmax(1)
+    assert len(out.top_log_probs) == len(out.tokens)
+    for row, token, beside in zip(rows, out.tokens, out.top_log_probs, strict=True):
+        best = row.topk(config.num_logprobs)
+        assert list(beside) == best.indices.tolist()
+        assert list(beside.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert beside.get(token, float(row[token])) == pytest.approx(float(row[token]), abs=1e-5)
+    if config.output_log_probs:
+        chosen = rows[range(len(out.tokens)), list(out.tokens)]
+        assert out.log_probs == pytest.approx(chosen.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_likeliest_beside_each_token_of_a_beam(forking, name):
+    """Through forks, in finished sequences and in those that ran until the end; with others in the batch."""
+    config = SEARCHES[name]
+    alone = BASE.replace(num_logprobs=2)
+    result = forking.generate([[5, 3], [7], [11]], [config, alone, BEAMS.replace(num_logprobs=0)])
+    searched = [one for one in result["outputs"] if one.request_id == "0"]
+    reasons = {one.finish_reason for one in searched}
+    assert len(searched) > 1
+    for one in searched:
+        assert_they_are_of_the_path(one, config)
+    assert len({one.tokens for one in searched}) == len(searched), reasons
+    (other,) = (one for one in result["outputs"] if one.request_id == "1")
+    assert other.top_log_probs == forking.generate([[7]], alone)["outputs"][0].top_log_probs
+    assert all(one.top_log_probs == () for one in result["outputs"] if one.request_id == "2")
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_streams_of_beams_revise_theirs(forking, name):
+    config, told, revised = SEARCHES[name], {}, 0
+    due = {one.sequence: one for one in forking.generate([[5, 3]], config)["outputs"]}
+    for delta in forking.generate([[5, 3]], config, streaming=True):
+        tokens, beside = told.setdefault(delta.sequence, ([], []))
+        assert len(delta.top_log_probs) == len(delta.tokens)
+        for kept, new in ((tokens, delta.tokens), (beside, delta.top_log_probs)):
+            if delta.keep is not None:
+                del kept[delta.keep :]
+            kept.extend(new)
+        revised += delta.keep is not None
+    whole = {number: (tuple(tokens), tuple(beside)) for number, (tokens, beside) in told.items()}
+    assert whole == {number: (one.tokens, one.top_log_probs) for number, one in due.items()}
+    assert revised, "or it shows little"
+
+
+def test_a_contrastive_search_shows_them_too():
+    engine = MarkovExecutable(31, build=GATHERED, remembers=True)
+    decoder = use("contrastive_search", top_k=3)
+    config = SamplingConfig(decoder=decoder, num_logprobs=3, output_log_probs=True, end_id=(), return_dict=True)
+    (out,) = ModelRunner.from_engine(engine).generate([[5, 3]], config)["outputs"]
+    assert_they_are_of_the_path(out, config)
+
+
+def test_a_search_without_top_k_has_nothing_to_normalise_among(forking):
+    for config in (BEAMS, BEAMS.replace(preset="hf")):
+        with pytest.raises(ConfigError, match="nothing in this request's plan honours normalize_log_probs=True"):
+            forking.generate([[5]], config.replace(normalize_log_probs=True))
+
+
+class Wrong(BeamSearch):
+    """Tells of another vocabulary."""
+
+    def log_probs(self, logits):
+        return logits[:, :-1]
+
+
+def test_a_search_that_tells_no_log_probs():
+    class Package:
+        hook_api = "decoder>=1.0,<2"
+
+        @hookimpl
+        def trtllm_register_decoders(self, registrar):
+            registrar.add("wrong", Wrong, consumes=("num_beams",))
+
+    runner = ModelRunner.from_engine(MarkovExecutable(31, build=GATHERED), plugins=Plugins.load(extra=[Package()]))
+    config = BEAMS.replace(decoder="wrong")
+    assert runner.generate([[5]], config.replace(num_logprobs=0))["outputs"][0].error is None
+    assert "decoder 'wrong' returned" in str(runner.generate([[5]], config)["outputs"][0].error)

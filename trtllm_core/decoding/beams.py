@@ -135,6 +135,9 @@ class Beams(Decoder):
         """What each token adds to the score of its beam, float32 ``[n, vocab_size_padded]``; may overwrite."""
         return logits.log_softmax(dim=1)
 
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.values(logits.clone())
+
     def bonus(self, search: Search) -> float:
         """What is added to a score, times the number of its beam."""
         return 0.0

@@ -24,6 +24,9 @@ class Search:
     """``candidates.slot`` on the host."""
     asked: Sequence[int]
     """The decoder's slots in this step."""
+    likeliest: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """By slot, where its request wants to see them: the likeliest tokens behind the branch, and their
+    log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +79,4 @@ class Outcome:
     scores: Scores | None = None
     """Where the tokens came from; None where no plugin needs it."""
     likeliest: Sequence[Sequence[Mapping[int, float]]] | None = None
-    """Of the rows that belong to no search, the likeliest tokens beside each new one; None: nobody asked."""
+    """The likeliest tokens beside each new one of a row; None: nobody asked."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from trtllm_core.decoding.choice import Choice, Outcome, Search
 from trtllm_core.decoding.live import LiveRequest
+from trtllm_core.decoding.plan import PlanItem
 from trtllm_core.decoding.positions import Positions
 from trtllm_core.decoding.samplers import log_probs
-from trtllm_core.decoding.scoring import Likeliest, likeliest, scored
+from trtllm_core.decoding.scoring import Likeliest, largest_of, likeliest, scored
 from trtllm_core.decoding.searching import check_candidates, settle, with_searches
-from trtllm_core.decoding.stages import Stages
+from trtllm_core.decoding.stages import Stage, Stages
 from trtllm_core.decoding.stopping import Verdict
 from trtllm_core.decoding.verifying import accept_equal, checked_tokens
 from trtllm_core.errors import PluginContractError, PluginError
@@ -79,6 +80,18 @@ class Choosers(Stages[Decoder]):
             return plugin
 
         super().__init__(context, wrap)
+        self._shown: dict[int, int] = {}  # slots whose requests see likely tokens beside the chosen, and how many
+
+    def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
+        """See ``Stages``."""
+        if view.sampling.num_logprobs:
+            self._shown[view.slot] = view.sampling.num_logprobs
+        super().begin(items, view)
+
+    def end(self, slot: int) -> dict[str, float]:
+        """See ``Stages``."""
+        self._shown.pop(slot, None)
+        return super().end(slot)
 
     def select(self, logits: torch.Tensor, at: Positions) -> Choice:
         """Tokens for processed ``logits`` (float32 ``[n, vocab_size_padded]``, which may be overwritten).
@@ -93,11 +106,12 @@ class Choosers(Stages[Decoder]):
                 continue
             batch = at.batch(self.context, stage.active(at.slot))
             try:
+                beside = self._likeliest(stage, logits, at) if self._shown else {}
                 chosen = stage.call(stage.plugin.select, logits if alone else logits.clone(), batch)
                 if isinstance(chosen, Candidates):
                     asked = [each for each in at.slots if each in stage.members]
                     slots_of = check_candidates(stage.name, chosen, branch, stage.members)
-                    searches.append(Search(stage, chosen, slots_of, asked))
+                    searches.append(Search(stage, chosen, slots_of, asked, beside))
                 else:
                     active = batch.active if at.starts is None else batch.active[at.starts]
                     parts.append((active, _checked(stage.name, chosen, branch)))
@@ -136,10 +150,10 @@ class Choosers(Stages[Decoder]):
                 scores=verdict.scores,
                 likeliest=beside,
             )
-        outcome, failed = settle(choice, verdict, told, owners)
+        outcome, failed = settle(choice, verdict, told, beside, owners)
         for stage, error in failed:
             self.fail(stage, error)
-        return replace(outcome, likeliest=beside)
+        return outcome
 
     def finalize(self, live: LiveRequest) -> tuple[Hypothesis, ...]:
         """The sequences of a request that is over, best first, as its decoder ranks them.
@@ -153,6 +167,20 @@ class Choosers(Stages[Decoder]):
         if not right or not ranked:
             raise PluginContractError(f"decoder {stage.name!r} returned {ranked!r} from finalize, not hypotheses")
         return tuple(ranked[: live.plan.branching.returns])
+
+    def _likeliest(self, stage: Stage[Decoder], logits: torch.Tensor, at: Positions) -> dict[int, Likeliest]:
+        """By slot of a search what its request sees beside the tokens that continue the branch."""
+        if type(stage.plugin).survive is Decoder.survive:
+            return {}
+        mine = [(i, slot) for i, slot in enumerate(at.slots) if slot in stage.members and slot in self._shown]
+        if not mine:
+            return {}
+        rows = torch.tensor([i for i, _ in mine], device=logits.device)
+        chances = stage.call(stage.plugin.log_probs, logits[rows if at.starts is None else at.starts[rows]])
+        if not isinstance(chances, torch.Tensor) or chances.shape != (len(mine), logits.shape[1]):
+            raise PluginContractError(f"decoder {stage.name!r} returned {_described(chances)} from log_probs")
+        found = largest_of(chances, [self._shown[slot] for _, slot in mine])
+        return dict(zip((slot for _, slot in mine), found, strict=True))
 
     @staticmethod
     def _log_probs(

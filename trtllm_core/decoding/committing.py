@@ -75,7 +75,8 @@ def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[Li
         parent, row = table.live[search.slots[index]], found.start + index
         token, stop = verdict.tokens[row][0], verdict.stops[row]
         raw = table.gathering.chosen_from(parent.slot, 1)
-        one = finished(parent, token, found.log_probs[index], found.scores[index], stop, score, raw)
+        beside = search.likeliest.get(parent.slot)
+        one = finished(parent, token, found.log_probs[index], found.scores[index], stop, score, raw, beside)
         parent.owner.hypotheses.append(one)
         if stop is not None and verdict.ends_request[row]:
             reasons.setdefault(parent.owner, stop.reason)
@@ -129,7 +130,7 @@ def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
 
 def _beside(live: LiveRequest, outcome: Outcome, row: int, tokens: list[int]) -> list[Mapping[int, float]]:
     """The likeliest tokens beside each new one of a row, where its request wants some."""
-    if outcome.likeliest is None or row >= len(outcome.likeliest) or not live.request.sampling.num_logprobs:
+    if outcome.likeliest is None or not live.request.sampling.num_logprobs:
         return []
     return list(outcome.likeliest[row][: len(tokens)])
 

@@ -32,6 +32,7 @@ CORE_FIELDS = frozenset(
         "return_dict",
         "output_cum_log_probs",
         "output_log_probs",
+        "num_logprobs",
         "prompt_logprobs",
         "max_attention_window_size",
         "sink_token_length",
@@ -45,7 +46,7 @@ CORE_FIELDS = frozenset(
 )
 """Fields of SamplingConfig that the generation loop honours itself."""
 
-SAMPLER_FIELDS = frozenset({"num_return_sequences", "num_logprobs", "normalize_log_probs"})
+SAMPLER_FIELDS = frozenset({"num_return_sequences", "normalize_log_probs"})
 """Fields that it honours for requests whose decoder is a sampler."""
 
 
@@ -289,6 +290,10 @@ def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem], preset
 def _consumers(sampling: SamplingConfig, items: Iterable[PlanItem]) -> dict[str, tuple[str, ...]]:
     """Who honours each field that was set or that a plugin of the plan reads."""
     consumers: dict[str, tuple[str, ...]] = dict.fromkeys(sampling.asked() & CORE_FIELDS, ("core",))
+    items = list(items)
+    # What a processor cuts to top_k before a decoder scores it is normalised among those.
+    if sampling.normalize_log_probs and any(item.name == "top_k" for item in items):
+        consumers["normalize_log_probs"] = ("core",)
     for item in items:
         if isinstance(item.plugin, Sampler):
             consumers |= dict.fromkeys(sampling.asked() & SAMPLER_FIELDS, ("core",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,9 +45,23 @@ def likeliest(scores: torch.Tensor, samplings: Sequence[SamplingConfig]) -> list
     Equally likely ones go by id. Waits for the device.
     """
     counts = [sampling.num_logprobs for sampling in samplings]
+    return _listed(scores, counts, log_probs)
+
+
+def largest_of(chances: torch.Tensor, counts: Sequence[int]) -> list[Likeliest]:
+    """Of each row of ``chances`` (log-probabilities, float32 ``[n, vocab]``) the ``counts`` largest, in order.
+
+    Waits for the device.
+    """
+    return _listed(chances, counts, lambda rows, ids: rows.gather(1, ids))
+
+
+def _listed(
+    scores: torch.Tensor, counts: Sequence[int], log_probs_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[Likeliest]:
     most = min(max(counts, default=0), scores.shape[1])
     if not most:
         return [{} for _ in counts]
     ids = largest(scores, most)
-    rows = zip(counts, ids.tolist(), log_probs(scores, ids).tolist(), strict=True)
+    rows = zip(counts, ids.tolist(), log_probs_of(scores, ids).tolist(), strict=True)
     return [dict(zip(row[:count], chances[:count], strict=True)) for count, row, chances in rows]

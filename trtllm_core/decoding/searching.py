@@ -10,6 +10,7 @@ import torch
 from trtllm_core.decoding.choice import Choice, Found, Outcome, Search
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.positions import Positions
+from trtllm_core.decoding.scoring import Likeliest
 from trtllm_core.decoding.stages import Stage
 from trtllm_core.decoding.stopping import Verdict
 from trtllm_core.errors import PluginContractError, PluginError
@@ -65,14 +66,18 @@ def with_searches(choice: Choice, searches: Sequence[Search], at: Positions) -> 
 
 
 def settle(
-    choice: Choice, verdict: Verdict, log_probs: list[list[float]] | None, owners: Mapping[int, LiveRequest]
+    choice: Choice,
+    verdict: Verdict,
+    log_probs: list[list[float]] | None,
+    likeliest: list[list[Likeliest]] | None,
+    owners: Mapping[int, LiveRequest],
 ) -> tuple[Outcome, list[tuple[Stage[Decoder], PluginError]]]:
     """Let searches choose their survivors, now that it is known what stops.
 
     Args:
         choice: the step's, with searches.
         verdict: of its rows.
-        log_probs: of the rows that belong to no search; None: nobody asked.
+        log_probs, likeliest: of the rows that belong to no search; None: nobody asked.
         owners: by slot, resting ones included.
 
     Returns:
@@ -84,6 +89,7 @@ def settle(
     kept = list(range(start))
     forks: dict[int, int] = {}
     told = None if log_probs is None else list(log_probs)
+    beside: list[Sequence[Mapping[int, float]]] | None = None if likeliest is None else list(likeliest)
     for search in choice.searches:
         answers = verdict.stops[start : start + len(search.slots)]
         stage, candidates = search.stage, search.candidates
@@ -102,6 +108,8 @@ def settle(
                 kept.append(start + index)
                 if told is not None:
                     told.append([one.log_probs[index]])
+                if beside is not None:
+                    beside.append([search.likeliest.get(search.slots[index], {})])
                 if search.slots[index] != target:
                     forks[target] = search.slots[index]
         start += len(search.slots)
@@ -111,7 +119,7 @@ def settle(
     scores = verdict.scores
     if scores is not None:
         scores = replace(scores, source=scores.source[torch.tensor(kept, dtype=torch.int64, device=device)])
-    return Outcome(slot, slots, tokens, new, stops, verdict, told, forks, found, scores), failed
+    return Outcome(slot, slots, tokens, new, stops, verdict, told, forks, found, scores, beside), failed
 
 
 def _check_survivors(

@@ -47,8 +47,11 @@ def show(branch: Branch, tokens: Sequence[int], text: str) -> Delta:
     live, number = branch.owner, branch.number
     shown = live.shown.get(number)
     live.shown[number] = branch, len(branch.generated), len(branch.text)
+    start = len(branch.generated) - len(tokens)
+    if shown is None and start:  # of a search whose width grows: nothing was told of what is there
+        shown = Branch(live, -1, number), 0, 0
     if shown is None or shown[0] is branch:
-        return append(branch, tokens, branch.log_probs[len(branch.generated) - len(tokens) :], text, None)
+        return append(branch, tokens, branch.log_probs[start:], text, None, branch.likeliest[start:])
     return _revision(live, shown, number, branch.hypothesis(""))
 
 
@@ -78,6 +81,7 @@ def _revision(
         tuple(one.tokens[kept:]),
         one.text[kept_text:],
         log_probs=tuple(one.log_probs[kept:]),
+        top_log_probs=tuple(one.top_log_probs[kept:]),
         sequence=number,
         keep=None if grew else kept,
         keep_text=0 if grew else kept_text,
@@ -118,12 +122,15 @@ def finished(
     stop: Stop | None,
     score: float,
     raw: Sequence[torch.Tensor] = (),
+    beside: Mapping[int, float] | None = None,
 ) -> Hypothesis:
     """What a candidate of a search leaves that is complete with ``token``."""
     branch = parent.copy_to(parent.slot, parent.number)
     branch.generated.append(token)
     if branch.owner.plan.log_probs:
         branch.log_probs.append(log_prob)
+    if beside is not None:
+        branch.likeliest.append(beside)
     branch.logits += raw
     branch.score, branch.rank = cum, score
     branch.say_last([token], stop)

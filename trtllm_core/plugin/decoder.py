@@ -244,6 +244,12 @@ class Decoder(SlotPlugin):
         """
         raise NotImplementedError
 
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """What ``Candidates.log_probs`` would be for every token: float32 ``[n, vocab_size_padded]``, for processed
+        ``logits`` of that shape, which stay as they are. Asked where the request of a search sees the likeliest tokens.
+        """
+        return logits.log_softmax(dim=1)
+
     def finalize(self, request_id: str, hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
         """Called once, when a request ends: what the user gets, best first. The core keeps the first ``returns``.
 
