@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cpu.product import DIRECT_UP_TO, PackedProduct, rounded
 from trtllm_core.backends.torch.executable import TorchExecutable
-from trtllm_core.backends.torch.quantized import DIRECT_UP_TO, NativeProduct, PiecewiseProduct
+from trtllm_core.backends.torch.quantized import PiecewiseProduct
 from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, QuantizationConfig, QuantizedLayer, SamplingConfig
 from trtllm_core.engine.build import build_engine, plan_engine
@@ -130,49 +132,52 @@ def test_what_is_refused(checkpoint: Path, tmp_path: Path, plugins: Plugins) -> 
             plan_engine(source, build, plugins)
 
 
-def kernels(dtype: torch.dtype, folder: Path) -> Kernels:
+def kernels(dtype: torch.dtype) -> Kernels:
     try:
-        return Kernels(dtype, folder)
+        return Kernels(dtype, cache_folder())
     except EngineUnsupportedError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.mark.parametrize(("bits", "form"), [(4, "symmetric"), (4, "zero_points"), (4, "offsets"), (8, "symmetric")])
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_equal_their_twin(bits: int, form: str, group: int, dtype: torch.dtype, folder: Path) -> None:
+def test_products_equal_their_twin(bits: int, form: str, group: int, dtype: torch.dtype) -> None:
     made = QuantizedLayer(bits=bits, group_size=group, form="symmetric" if form == "offsets" else form)  # type: ignore[arg-type]
     random = torch.Generator().manual_seed(bits + group)
     weight = quantize(torch.randn(70, 256, generator=random), made)
     if form == "offsets":
         weight = widened(weight, made.replace(form="offsets"))
     bias = torch.randn(70, generator=random).to(dtype)
-    twin = PlainProduct(weight)
-    products = [
-        NativeProduct(weight, kernels(dtype, folder), torch.nn.functional.linear),
-        PiecewiseProduct(weight, torch.nn.functional.linear),
-    ]
-    for rows in (1, 3, DIRECT_UP_TO + 1):
+    twin, native, plain = PlainProduct(weight), kernels(dtype), torch.nn.functional.linear
+    exact = (PackedProduct(weight, native, plain, False), PiecewiseProduct(weight, plain))
+    for rows in (1, 3, 7, DIRECT_UP_TO + 1):
         x = torch.randn(rows, 256, generator=random).to(dtype)
-        wanted = twin(x.double(), weight.codes, bias.double())
-        for product in products:
-            for b, minus in ((bias, 0.0), (None, bias.double())):
-                error = (product(x, weight.codes, b).double() + minus - wanted).abs().max()
-                assert error < (1e-4 if dtype == torch.float32 else 0.02 * wanted.abs().max()), (rows, product)
+        for product in exact:
+            for b in (bias, None):
+                wanted = twin(x.double(), weight.codes, None if b is None else b.double())
+                assert_close(product(x, weight.codes, b), wanted, rounding=0.02)  # PyTorch's rounds weights too
+        if native.multiplies_bytes and rows <= DIRECT_UP_TO:
+            residual = torch.randn(rows, 70, generator=random).to(dtype)
+            product, seen = PackedProduct(weight, native, plain, True), rounded(x)
+            assert_close(product(x, weight.codes, bias), twin(seen, weight.codes, bias.double()))
+            assert_close(product.add(x, residual, None), twin(seen, weight.codes, residual.double()))
 
 
-def test_a_table_of_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, rounding: float = 2**-8) -> None:
+    """To the rounding of the result, and what sums of so many numbers lose."""
+    bound = 1e-4 if found.dtype == torch.float32 else rounding * wanted.abs().max() + 1e-4
+    assert (found.double() - wanted).abs().max() < bound
+
+
+def test_a_table_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtllm_core.backends.torch.quantized.PIECE", 64 * 7)
+    monkeypatch.setattr("trtllm_core.backends.torch.cpu.product.PIECE", 64 * 7)
     weight = quantize(torch.randn(30, 64), QuantizedLayer(bits=4, group_size=32, form="zero_points"))
     x = torch.randn(20, 64)
     wanted = PlainProduct(weight)(x, weight.codes, None)
     for product in (
         PiecewiseProduct(weight, torch.nn.functional.linear),
-        NativeProduct(weight, kernels(torch.float32, folder), torch.nn.functional.linear),
+        PackedProduct(weight, kernels(torch.float32), torch.nn.functional.linear, False),
     ):
         assert torch.allclose(product(x, weight.codes, None), wanted, atol=1e-4)

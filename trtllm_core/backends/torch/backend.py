@@ -87,12 +87,15 @@ class TorchBackend(Backend):
         batch_invariant: bool = False,
         native: bool | None = None,
         cuda_graphs: bool | None = None,
+        int8_activations: bool | None = None,
         **unknown: Any,
     ) -> TorchExecutable:
         """See ``Backend``. Weights on the CPU stay a view of the mapped file, or are packed for it.
 
         ``native``: whether a CPU uses kernels compiled for it beside PyTorch's; None: where they can be.
         ``cuda_graphs``: whether decode steps are captured; None: where they can be.
+        ``int8_activations``: whether compiled kernels round what meets quantised weights to 8 bits, in groups of 32,
+        for the few rows of a decode step; None: where the CPU has instructions for that.
 
         Raises:
             ConfigError: an unknown option, or ``parallel`` is not the rank that the file was built for.
@@ -105,7 +108,16 @@ class TorchBackend(Backend):
         parallel = _check_rank(source, config, parallel)
         weights = Weights(source, device)
         return self.assemble(
-            weights.tensors, config, family, device, parallel, batch_invariant, native, weights.evict, cuda_graphs
+            weights.tensors,
+            config,
+            family,
+            device,
+            parallel,
+            batch_invariant,
+            native,
+            weights.evict,
+            cuda_graphs,
+            int8_activations,
         )
 
     def assemble(
@@ -119,6 +131,7 @@ class TorchBackend(Backend):
         native: bool | None = None,
         evict: Callable[[torch.Tensor], None] = lambda weight: None,
         cuda_graphs: bool | None = None,
+        int8_activations: bool | None = None,
     ) -> TorchExecutable:
         """An executable over weights that are on ``device`` already: one tensor for each parameter of the module.
 
@@ -126,7 +139,7 @@ class TorchBackend(Backend):
             tensors: kept as they are, or packed for the CPU.
             native: see ``load``.
             evict: told of weights that were packed; see ``Weights.evict``.
-            cuda_graphs: see ``load``.
+            cuda_graphs, int8_activations: see ``load``.
 
         Raises:
             EngineCorruptError: the tensors are not what the config says.
@@ -137,12 +150,12 @@ class TorchBackend(Backend):
         dtype = getattr(torch, config.model.dtype)
         plain = parallel.size == 1 and not config.lora_layers
         switch = choose_kernels(module, device, dtype, batch_invariant, evict, plain and graphs)
-        kernels = _native_kernels(native, device, dtype, batch_invariant)
-        if kernels is not None:
-            accelerate(module, kernels)
         product = plain_product(device, dtype, batch_invariant)
-        if config.quantization is not None:
-            use_products(module, product, kernels)
+        kernels = _native_kernels(native, device, dtype, batch_invariant)
+        rounds = _check_rounding(int8_activations, kernels, config)
+        if kernels is not None:
+            accelerate(module, kernels, product, rounds, evict)
+        use_products(module, product)
         lora = None
         if config.lora_layers:
             sizes = lora_sizes(family, config, parallel)
@@ -216,6 +229,20 @@ def _native_kernels(asked: bool | None, device: torch.device, dtype: torch.dtype
             raise EngineUnsupportedError(f"native kernels were asked for, but cannot be had: {error}") from error
         _log.info("PyTorch's kernels alone are used: %s", error)
         return None
+
+
+def _check_rounding(asked: bool | None, kernels: Kernels | None, config: EngineConfig) -> bool:
+    """Whether compiled products round activations."""
+    why: str | None = None
+    if config.quantization is None:
+        why = "the engine's weights are not quantised"
+    elif kernels is None:
+        why = "only the kernels that are compiled for a CPU do that, and they are not used here"
+    elif not kernels.multiplies_bytes:
+        why = "the CPU has no instructions for it (AVX512-VNNI or AVX-VNNI)"
+    if asked and why:
+        raise EngineUnsupportedError(f"int8_activations was asked for, but {why}")
+    return why is None and asked is not False
 
 
 def _check_graphs(asked: bool | None, device: torch.device, parallel: TensorParallel) -> bool:

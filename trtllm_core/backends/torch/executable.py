@@ -16,6 +16,7 @@ from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host, is_all
 from trtllm_core.backends.torch.cpu.attention import DecodeAttention
 from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cpu.steps import StepPrograms
 from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
@@ -120,7 +121,7 @@ class TorchExecutable(Executable):
         self._context: Callable[[PackedBatch, KVPool, torch.Tensor], PagedContext] = PagedContext
         self._scores: list[list[torch.Tensor]] = []
         self._pool: KVPool | None = None
-        self._graphs: StepGraphs | None = None
+        self._graphs: StepGraphs | StepPrograms | None = None
         self._fused_from = 0  # tokens of a call without a graph
         self._kept: dict[str, torch.Tensor] | None = None
         self._switch = switch or Switch()
@@ -145,7 +146,13 @@ class TorchExecutable(Executable):
             self._context, self._fused_from = MixedContext, FUSED_FROM
             rows, tokens = self.config.build.max_branches, self.config.build.max_num_tokens
             self._graphs = StepGraphs(self.module, self._pool, rows, tokens, self.device, self._switch)
+        if self._native is not None and self._context == self._native.context and self._can_record(self._pool):
+            self._graphs = StepPrograms(self.module, self._pool, self._native)
         return self._pool.bytes
+
+    def _can_record(self, pool: KVPool) -> bool:
+        """Whether nothing happens in a CPU's decode step beside what its operations do."""
+        return pool.plan.window is None and pool.scales is None and self._lora is None and self._parallel.size == 1
 
     def edit_kv(self, edits: Edits) -> None:
         """See ``Executable``."""
@@ -171,16 +178,17 @@ class TorchExecutable(Executable):
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
         """See ``Executable``. Lengths and tables are read on the host: they are best given as CPU tensors.
 
-        With ``capabilities.cuda_graphs``, a step of one token a row, or of one short prompt, replays a captured graph,
-        unless it has adapters, a prompt table, a cache that is a ring or keeps scores, or is asked for hidden states.
+        With ``capabilities.cuda_graphs``, a step of one token a row, or of one short prompt, replays a captured graph;
+        on a CPU with kernels of its own, a step of one token for a few rows runs a recorded program. Not so where it
+        has adapters, a prompt table, a cache that is a ring or keeps scores, or is asked for hidden states.
         """
         pool = self._require_pool()
         states = outputs.get("hidden_states")
+        self._virtual = None
         graphs = None if self._graphs is None or self.debugging or states is not None else self._graphs.find(inputs)
         if graphs is not None:
             if self._lora is not None:
                 self._lora.begin(None, host(inputs["query_lengths"]))
-            self._virtual = None
             graphs.run(inputs, outputs["logits"])
             return
         if self.debugging and self._kept is None:

@@ -7,7 +7,8 @@ import torch
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch
-from trtllm_core.backends.torch.cpu.kernels import Heads, Kernels, Rows
+from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cpu.operations import Heads, Rows
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Attention
 
@@ -44,14 +45,14 @@ class DecodeContext(PagedContext):
         super().__init__(batch, pool, positions)
         self._attention = attention
         lengths = batch.after.astype(np.int64)
-        self._kept = (batch.tables, lengths, positions, batch.write)  # the structure holds their addresses alone
+        self._kept = (batch.tables, lengths, positions)  # the structure holds their addresses alone
+        self._entries = int(lengths.sum())
         tables = batch.tables
         assert tables.strides[1] == tables.itemsize == 4, "block tables are int32, row by row"
         self._rows = Rows(
             tables.ctypes.data,
             lengths.ctypes.data,
             positions.data_ptr(),
-            batch.write.data_ptr(),
             len(tables),
             tables.strides[0] // tables.itemsize,
             batch.tokens_per_block,
@@ -62,7 +63,8 @@ class DecodeContext(PagedContext):
         heads = self._attention.heads(layer)
         if heads is None:
             return super().attend(layer, qkv)
-        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index].data)
+        work = self._entries * layer.num_heads * layer.head_size
+        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index].data, work)
 
 
 def _can(layer: Attention, dtype: torch.dtype) -> bool:

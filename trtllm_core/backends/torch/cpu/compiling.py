@@ -14,14 +14,16 @@ from pathlib import Path
 
 from trtllm_core.errors import EngineUnsupportedError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("native")
+SOURCE = SOURCES / "kernels.cpp"
+"""Includes the others."""
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 """Not ``-ffast-math``: linked so, a library changes how the whole process rounds tiny numbers."""
 
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 120
-"""Seconds; a machine needs one or two."""
+"""Seconds; a machine needs five or ten."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,5 +76,6 @@ def _key(compiler: str) -> str:
     except OSError:
         processor = platform.processor()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT).stdout
-    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), processor)
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts = (*sources, " ".join(FLAGS), version, platform.machine(), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

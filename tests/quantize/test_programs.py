@@ -1,0 +1,134 @@
+"""Decode steps on the CPU as recorded programs: the same results as without, whatever the batch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trtllm_core.backends.torch.cache_folder import cache_folder
+from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cpu.operations import Product
+from trtllm_core.backends.torch.cpu.program import NotRecordableError, Watch
+from trtllm_core.backends.torch.cpu.steps import StepPrograms
+from trtllm_core.config import BuildConfig, QuantizationConfig, SamplingConfig
+from trtllm_core.engine.build import build_engine
+from trtllm_core.errors import EngineUnsupportedError
+from trtllm_core.plugin import Plugins
+from trtllm_core.runner import ModelRunner
+
+PROMPTS = [[1, 5, 9, 33], [7, 60], [3, 2, 1, 4, 8, 6, 21, 22, 23, 24, 25]]
+LIMITS = BuildConfig(
+    dtype="float32",
+    max_seq_len=64,
+    max_input_len=40,
+    max_batch_size=4,
+    tokens_per_block=8,
+    quantization=QuantizationConfig(weights="keep"),
+)
+
+
+@pytest.fixture(scope="module")
+def engine(quantised_gguf: Path, plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        Kernels(torch.float32, cache_folder())
+    except EngineUnsupportedError as error:
+        pytest.skip(str(error))
+    path = tmp_path_factory.mktemp("programs") / "engine"
+    build_engine(quantised_gguf, path, LIMITS, plugins=plugins)
+    return path
+
+
+def runner(engine: Path, plugins: Plugins, **options: Any) -> ModelRunner:
+    return ModelRunner.from_dir(engine, plugins=plugins, **options)
+
+
+def programs(runner: ModelRunner) -> StepPrograms:
+    found = runner.session.engine._graphs  # type: ignore[attr-defined]
+    assert isinstance(found, StepPrograms)
+    return found
+
+
+def generate(runner: ModelRunner, prompts: Any = PROMPTS, **more: Any) -> Any:
+    return runner.generate(prompts, sampling_config=SamplingConfig(**{"max_new_tokens": 12, "end_id": (), **more}))
+
+
+def logits(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Of each run of the engine, while it generates."""
+    execute, seen = runner.session.engine.execute, []
+
+    def watched(inputs: Any, outputs: Any, stream: int) -> None:
+        execute(inputs, outputs, stream)
+        seen.append(outputs["logits"].clone())
+
+    monkeypatch.setattr(runner.session.engine, "execute", watched)
+    generate(runner)
+    return seen
+
+
+def test_programs_compute_what_the_module_does(engine: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = runner(engine, plugins, int8_activations=False)
+    ours = logits(one, monkeypatch)
+    assert set(programs(one).programs) == {3}
+    monkeypatch.setattr(StepPrograms, "find", lambda self, inputs: None)
+    for found, wanted in zip(ours, logits(runner(engine, plugins, int8_activations=False), monkeypatch), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_shrinks_and_grows(engine: Path, plugins: Plugins) -> None:
+    one, twin = runner(engine, plugins, int8_activations=False), runner(engine, plugins, native=False)
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:], PROMPTS):
+        assert generate(one, prompts).tolist() == generate(twin, prompts).tolist()
+    assert set(programs(one).programs) == {1, 2, 3}
+    assert programs(one).refused is None
+
+
+def test_norms_and_gates_are_part_of_products(engine: Path, plugins: Plugins) -> None:
+    one = runner(engine, plugins)
+    generate(one, PROMPTS[:1])
+    program = programs(one).programs[1].program
+    assert len(program) == 1 + 2 * 5 + 1  # a lookup; qkv, attention, output, gate and up, down of each layer; the head
+    products = [Product.from_address(each.arguments) for each in program._operations if each.run == program_linear(one)]
+    assert sorted(each.before for each in products) == [0, 0, 1, 1, 1, 1, 1, 2, 2]
+
+
+def program_linear(runner: ModelRunner) -> int:
+    return runner.session.engine._native.kernels._linear  # type: ignore[attr-defined, no-any-return]
+
+
+def test_rounded_activations_cost_little(engine: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounding = runner(engine, plugins)
+    if not rounding.session.engine._native.kernels.multiplies_bytes:  # type: ignore[attr-defined]
+        pytest.skip("no instructions for it")
+    # The prompts' own logits are those of many rows, which are not rounded.
+    found = logits(rounding, monkeypatch)[1]
+    wanted = logits(runner(engine, plugins, int8_activations=False), monkeypatch)[1]
+    error = ((found - wanted).square().mean() / wanted.var()).sqrt()
+    assert 0 < error < 0.02
+
+
+def test_a_module_that_does_more_runs_as_it_is(checkpoint: Path, plugins: Plugins, tmp_path: Path) -> None:
+    """Weights that are not quantised are PyTorch's to multiply."""
+    build_engine(checkpoint, tmp_path / "engine", LIMITS.replace(quantization=None), plugins=plugins)
+    one = runner(tmp_path / "engine", plugins)
+    assert generate(one).tolist() == generate(runner(tmp_path / "engine", plugins, native=False)).tolist()
+    assert programs(one).refused is not None
+    assert programs(one).refused.startswith("aten::")  # type: ignore[union-attr]
+    assert not programs(one).programs
+
+
+def test_what_others_read_is_computed(plugins: Plugins) -> None:
+    """A norm that is an attention's input too, say, is no part of the products that read it."""
+    try:
+        kernels = Kernels(torch.float32, cache_folder())
+    except EngineUnsupportedError as error:
+        pytest.skip(str(error))
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    with kernels.record() as program, Watch():
+        inner = kernels.rms_norm(x, weight, 1e-5)
+        outer = kernels.rms_norm(inner, weight, 1e-5)
+        with pytest.raises(NotRecordableError, match="aten::add"):
+            outer + 1
+    assert len(program) == 0

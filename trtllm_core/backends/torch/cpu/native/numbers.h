@@ -1,0 +1,105 @@
+// Types of numbers, and the functions of one number that loops over many are made of. Arithmetic is float32.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float load(float value) { return value; }
+
+inline float load(bfloat16 value) { return bits_of<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+// The exponent is moved where float32 has it by a product, which makes normal numbers of subnormal ones too.
+inline float load(float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t rest = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const float number = bits_of<float>(rest) * bits_of<float>(0x77800000u);  // 2^112
+  return bits_of<float>(bits_of<uint32_t>(rest < 0x0f800000u ? number : INFINITY) | sign);
+}
+
+inline void store(float& to, float value) { to = value; }
+
+// To the nearest, ties to even. NaN stays one.
+inline void store(bfloat16& to, float value) {
+  const uint32_t bits = bits_of<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+// e^x for x <= 88 within 2 ulp; what is below -87 is as good as 0. The library's function does one element at a time.
+// 2^n * e^r with n = round(x / ln 2), and Taylor's polynomial of degree 6 for |r| <= ln 2 / 2.
+inline float exponential(float x) {
+  x = std::max(x, -87.0f);
+  const float n = std::nearbyint(x * 1.44269504088896f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float y = 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return y * bits_of<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(std::min(-x, 80.0f))); }
+
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;
+#else
+constexpr int64_t LANES = 8;
+#endif
+
+// Vectors as GCC and Clang have them on every processor, as long as the processor's own: longer ones are taken apart
+// through memory.
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+template <typename V>
+inline V read(const void* from) {
+  V vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline Floats floats(Integers from) { return __builtin_convertvector(from, Floats); }
+
+inline Floats read_floats(const float* from) { return read<Floats>(from); }
+
+inline Floats read_floats(const float16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(read<__m256i>(from));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(read<__m128i>(from));
+#else
+  Floats to;
+  for (int64_t i = 0; i < LANES; ++i) to[i] = load(from[i]);
+  return to;
+#endif
+}
+
+}  // namespace
