@@ -83,6 +83,11 @@ class Program:
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses whatever PyTorch would compute: that would be missing from a program. Views and memory are free."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: skipping the compiler would import it first, for seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See ``TorchDispatchMode``."""
         results = func._schema.returns
