@@ -244,7 +244,8 @@ def soak(
     usage = loop.cache.usage()
     assert usage.free == usage.total, f"{usage.total - usage.free} blocks are still held"
     assert loop.branches.slots.free == loop.branches.slots.context.slots, "a slot is still held"
-    assert not any((loop.branches.live, loop.branches.owners, executor._handles, executor._taken))
+    assert not {**loop.branches.live, **loop.branches.owners}
+    assert executor._worker.idle, "the executor still holds a request"
     assert not any(stages.live or stages._of for stages in loop.branches.stages)
     loop.cache.policy.check_integrity()
     assert sum(done.reasons.values()) == requests

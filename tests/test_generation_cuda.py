@@ -7,10 +7,12 @@ import torch
 
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
 from trtllm_core.decoding.fetching import HostCopy
+from trtllm_core.decoding.request import Request
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop
 from trtllm_core.testing.checkpoints import write_llama
 
 PROMPTS = [[5, 6, 7], [11], [3] * 20, [9, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42, 17]]
+SAMPLED = {"top_k": 0, "top_p": 0.9, "temperature": 0.9, "repetition_penalty": 1.2, "random_seed": 3}
 BASE = SamplingConfig(end_id=(), max_new_tokens=24, return_dict=True)
 
 
@@ -71,7 +73,7 @@ def test_tokens_on_the_gpu_equal_those_on_the_cpu(runners, fields):
     "fields",
     [
         {"end_id": 90, "min_length": 2},
-        {"top_k": 0, "top_p": 0.9, "temperature": 0.9, "repetition_penalty": 1.2, "random_seed": 3},
+        SAMPLED,
     ],
     ids=["greedy", "sampled"],
 )
@@ -110,6 +112,21 @@ def test_a_step_waits_for_its_tokens_and_for_nothing_else(runners, monkeypatch, 
     monkeypatch.setattr(loop, "step", careful)
     runners[1].generate([[1 + i] * 8 for i in range(6)], BASE.replace(max_new_tokens=40, **fields))
     assert steps >= 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fields", [{"end_id": 90, "min_length": 2}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_request_begins_and_ends_while_a_step_runs(runners, fields):
+    """What is kept by slot is written in the order of the stream: PyTorch's debug mode raises where any waits."""
+    loop = runners[1].generation.loop
+    request = Request("0", tuple(range(1, 40)), SamplingConfig(max_new_tokens=5, **fields))
+    plan = loop.check(request)
+    loop.end(loop.admit(request, plan), "cancelled")  # the first one makes the plugins
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.end(loop.admit(request, plan), "cancelled")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

@@ -29,11 +29,12 @@ def make_requests(
     lora_uids: Sequence[str | None] | None = None,
     deltas: bool = False,
     ids: Sequence[str] | None = None,
+    streaming: bool = True,
 ) -> list[Request]:
     """One request for each prompt. Arguments are those of ``ModelRunner.generate``.
 
     ``deltas``: there is a place for logits in what comes back, whether or not ``return_dict`` is set. ``ids``: of the
-    requests; None: their index.
+    requests; None: their index. ``streaming``: somebody wants to know of each step.
 
     Raises:
         ConfigError, CapacityError: something cannot work on this engine, or their numbers differ.
@@ -63,6 +64,7 @@ def make_requests(
                 tables[i],
                 context,
                 generation,
+                streaming,
             )
         )
     return requests

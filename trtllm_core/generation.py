@@ -229,6 +229,7 @@ class GenerationSession(EngineProperties):
             prompt_tasks,
             lora_uids,
             deltas=streaming and not full,
+            streaming=streaming,
         )
         windows = {(one.sampling.max_attention_window_size, one.sampling.sink_token_length) for one in requests}
         if len(windows) > 1:

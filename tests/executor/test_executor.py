@@ -219,7 +219,7 @@ def test_a_request_on_its_way_to_the_queue_is_counted_once(make: Make) -> None:
     gate(executor).open.clear()
     executor.submit([5], GREEDY)
     wait_for_start(executor)
-    add, seen = executor._scheduler.add, list[int]()
+    add, seen = executor._worker._scheduler.add, list[int]()
 
     def slow(*args: Any) -> Any:
         ticket = add(*args)
@@ -229,11 +229,33 @@ def test_a_request_on_its_way_to_the_queue_is_counted_once(make: Make) -> None:
         assert not seen
         return ticket
 
-    executor._scheduler.add = slow  # type: ignore[method-assign]
+    executor._worker._scheduler.add = slow  # type: ignore[method-assign]
     executor.submit([9], GREEDY)
     gate(executor).open.set()
     executor.shutdown()
     assert seen[0] <= 1
+
+
+def test_who_wants_only_the_result_is_told_nothing_before(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, told = make(), list[tuple[str, str | None]]()
+    pass_on = executor._worker._pass_on
+
+    def spy(turn: Any) -> None:
+        told.extend((delta.request_id, delta.finish_reason) for delta in turn.deltas)
+        pass_on(turn)
+
+    monkeypatch.setattr(executor._worker, "_pass_on", spy)
+    beams = GREEDY.replace(num_beams=2, max_new_tokens=5)
+    asked = [([5], GREEDY), ([7, 8], beams), ([9], GREEDY.replace(output_log_probs=True))]
+    quiet = [executor.submit(*one, streaming=False) for one in asked]
+    loud = [executor.submit(*one) for one in asked]
+    for one, other in zip(quiet, loud, strict=True):
+        outputs, expected = one.result(30), other.result(30)
+        assert [o.tokens for o in outputs] == [o.tokens for o in expected]
+        assert [o.log_probs for o in outputs] == [o.log_probs for o in expected]
+    names = {handle.request_id for handle in quiet}
+    assert all(reason for name, reason in told if name in names)
+    assert any(reason is None for name, reason in told if name not in names)
 
 
 def test_ids_of_requests_are_unique_while_they_run(make: Make) -> None:
@@ -458,7 +480,9 @@ def test_statistics_of_steps_and_requests(plugins: Plugins, make: Make) -> None:
     stages: dict[str, str] = {}
     asked = threading.Thread(target=lambda: stages.update(executor.stages()))
     asked.start()
-    while not (executor._orders and type(executor._orders[-1]).__name__ == "function"):  # no request's arrival
+    while not (
+        executor._worker._orders and type(executor._worker._orders[-1]).__name__ == "function"
+    ):  # no request's arrival
         time.sleep(0.001)
     gate(executor).open.set()
     for handle in handles:

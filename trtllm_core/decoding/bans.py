@@ -57,7 +57,7 @@ class NoRepeatNgram(DeviceLogitsProcessor):
     def begin(self, slot: int, view: BranchView) -> None:
         size = view.sampling.no_repeat_ngram_size
         self._live[slot] = size if size <= self._max_size else 0  # larger n-grams cannot repeat
-        self._size[slot] = self._live[slot]
+        self._size[slot].fill_(self._live[slot])
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         size = per_row(self._size, batch, neutral=0)

@@ -154,14 +154,18 @@ def _tell(
     told: set[int] = set()
     ended = dict.fromkeys(reasons)
     keeps_logits = table.gathering.keeps
+    plain = held is None and outcome.log_probs is None and outcome.likeliest is None and not keeps_logits
     for i, (slot, tokens, stop) in enumerate(zip(outcome.slots, new, outcome.stops, strict=True)):
         branch = table.live.get(slot)
         if branch is None:  # of a search that failed before it took the slot
             continue
         live = branch.owner
-        reason = reasons.get(live)
+        reason = reasons.get(live) if reasons else None
         if stop is not None and reason != FAILED:
             reason = stop.reason
+        if plain and reason is None and not live.request.streaming:  # nobody is told, and there is nothing else to keep
+            branch.generated += tokens
+            continue
         chances: list[float] = []
         if outcome.log_probs is not None and live.plan.log_probs:
             chances = outcome.log_probs[i][: len(tokens)]
@@ -177,8 +181,9 @@ def _tell(
         if held is not None:
             text = branch.say(tokens, held[i]) if reason is None else branch.say_last(tokens, stop)
         if live.plan.ranked:
-            ranked.append((branch, tokens, text))
-        else:
+            if live.request.streaming:
+                ranked.append((branch, tokens, text))
+        elif live.request.streaming or reason is not None:
             deltas.append(append(branch, tokens, chances, text, reason, beside))
         if reason is not None:
             told.add(slot)

@@ -60,12 +60,12 @@ class Confidence(DeviceStoppingCriterion):
 
     def begin(self, slot: int, view: BranchView) -> None:
         params = view.params
-        self._sign[slot] = 1.0 if params.below is None else -1.0
-        self._bound[slot] = params.above if params.below is None else -params.below
-        self._entropy[slot] = params.measure == "entropy"
+        self._sign[slot].fill_(1.0 if params.below is None else -1.0)
+        self._bound[slot].fill_(params.above if params.below is None else -params.below)
+        self._entropy[slot].fill_(params.measure == "entropy")
         if params.measure == "entropy":
             self._live.add(slot)
-        self._steps[slot] = params.steps
+        self._steps[slot].fill_(params.steps)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
         length = batch.context.lengths[batch.slot]

@@ -66,7 +66,7 @@ class MaxTokens(DeviceStoppingCriterion):
         self._limit = torch.full((context.slots,), context.max_seq_len, dtype=torch.int64, device=context.device)
 
     def begin(self, slot: int, view: BranchView) -> None:
-        self._limit[slot] = min(len(view.prompt) + view.sampling.max_new_tokens, self._max_seq_len)
+        self._limit[slot].fill_(min(len(view.prompt) + view.sampling.max_new_tokens, self._max_seq_len))
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
         last = (self._limit.index_select(0, batch.slot) - batch.context.lengths.index_select(0, batch.slot) - 1).clamp(

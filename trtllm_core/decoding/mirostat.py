@@ -54,8 +54,9 @@ class Mirostat(Sampler):
         self._eta = torch.zeros(slots, device=device)
 
     def begin(self, slot: int, view: BranchView) -> None:
-        self._tau[slot], self._eta[slot] = view.params.tau, view.params.eta
-        self._mu[slot, len(view.prompt)] = 2 * view.params.tau
+        self._tau[slot].fill_(view.params.tau)
+        self._eta[slot].fill_(view.params.eta)
+        self._mu[slot, len(view.prompt)].fill_(2 * view.params.tau)
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
         dropped = _surprising(logits, self._mu[batch.slot, batch.context.lengths[batch.slot]])

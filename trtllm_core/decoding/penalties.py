@@ -60,14 +60,15 @@ class Penalties(DeviceLogitsProcessor):
 
     def begin(self, slot: int, view: BranchView) -> None:
         sampling = view.sampling
-        self._repetition[slot] = sampling.repetition_penalty
-        self._presence[slot] = sampling.presence_penalty
-        self._frequency[slot] = sampling.frequency_penalty
+        self._repetition[slot].fill_(sampling.repetition_penalty)
+        self._presence[slot].fill_(sampling.presence_penalty)
+        self._frequency[slot].fill_(sampling.frequency_penalty)
         ignored, counted = (
             self._occurrences(part)
             for part in (view.prompt[: sampling.prompt_ignore_length], view.prompt[sampling.prompt_ignore_length :])
         )
-        self._counts[slot] = (counted + (ignored > 0) * _IGNORED).to(self._counts)
+        counts = (counted + (ignored > 0) * _IGNORED).to(self._counts.dtype)
+        self._counts[slot].copy_(counts, non_blocking=True)
 
     def _occurrences(self, tokens: Sequence[int]) -> torch.Tensor:
         width = self._counts.shape[1]

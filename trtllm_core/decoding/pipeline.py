@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -71,17 +72,21 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         self._debug = debug
         self._broken: list[Stage[DeviceLogitsProcessor]] = []  # failed in ``prepare``: ``apply`` passes them over
         self._presets: dict[int, str] = {}
+        self._users: Counter[str] = Counter()  # slots of each preset
+        self._made: tuple[object, ...] = ()  # what the passes were made of
         self._passes: list[Pass] = []
         self._all_scored: torch.Tensor | None = None  # bool [slots]: rows whose log-probabilities see every phase
 
     def begin(self, items: Iterable[PlanItem], view: BranchView) -> None:
         """See ``Stages``."""
         self._presets[view.slot] = view.sampling.preset
+        self._users[view.sampling.preset] += 1
         super().begin(items, view)
 
     def end(self, slot: int) -> dict[str, float]:
         """See ``Stages``."""
-        self._presets.pop(slot, None)
+        if (preset := self._presets.pop(slot, None)) is not None:
+            self._users[preset] -= 1
         return super().end(slot)
 
     def beside(self, preset: str) -> list[PlanItem]:
@@ -89,13 +94,19 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         return [stage.item for stage in self._of_preset(preset)]
 
     def _of_preset(self, preset: str) -> list[Stage[DeviceLogitsProcessor]]:
+        if self._users[preset] == len(self._presets):
+            return self.live
         slots = {slot for slot, name in self._presets.items() if name == preset}
         return [stage for stage in self.live if not stage.members.isdisjoint(slots)]
 
     def _refresh(self) -> None:
         super()._refresh()
+        presets = [name for name in PRESETS if self._users[name]]
+        made = (*self.live, *presets)
+        if made == self._made and len(presets) < 2:
+            return  # who comes and goes among others of its kind changes nothing
+        self._made = made
         stages = {stage.item.key: stage for stage in self.live}
-        presets = [name for name in PRESETS if name in self._presets.values()]
         orders = {name: [item.key for item in ordered(self.beside(name), name)] for name in presets}
         self._passes = []
         for key, names in merged(orders):

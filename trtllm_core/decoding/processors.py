@@ -90,7 +90,7 @@ class Temperature(DeviceLogitsProcessor):
 
     def begin(self, slot: int, view: BranchView) -> None:
         temperature = view.sampling.temperature or 1.0
-        self._scale[slot] = 1.0 / (temperature if view.sampling.preset == "hf" else temperature + 1e-6)
+        self._scale[slot].fill_(1.0 / (temperature if view.sampling.preset == "hf" else temperature + 1e-6))
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         logits.mul_(per_row(self._scale, batch, neutral=1.0))
@@ -124,8 +124,8 @@ class MinLength(DeviceLogitsProcessor):
 
     def begin(self, slot: int, view: BranchView) -> None:
         sampling = view.sampling
-        self._min_length[slot] = max(sampling.min_length, sampling.min_sequence_length - len(view.prompt))
-        self._lowest[slot] = -torch.inf if sampling.preset == "hf" else torch.finfo(torch.float32).min
+        self._min_length[slot].fill_(max(sampling.min_length, sampling.min_sequence_length - len(view.prompt)))
+        self._lowest[slot].fill_(-torch.inf if sampling.preset == "hf" else torch.finfo(torch.float32).min)
         self._end_ids.write(slot, view.end_ids)
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:

@@ -56,7 +56,8 @@ class Repetition(DeviceStoppingCriterion):
     def begin(self, slot: int, view: BranchView) -> None:
         params = view.params
         self._live[slot] = params.max_size, params.count
-        self._sizes[slot] = torch.tensor([params.min_size, params.max_size, params.count])
+        sizes = torch.tensor([params.min_size, params.max_size, params.count])
+        self._sizes[slot].copy_(sizes, non_blocking=True)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
         context = batch.context

@@ -36,6 +36,8 @@ class Request:
     """Whether the logits of its prompt are kept."""
     generation_logits: bool = False
     """Whether the logits that its tokens are chosen from are kept."""
+    streaming: bool = True
+    """Whether deltas tell its tokens as they come. Without, only what it left at its end is good."""
     seed: int = field(init=False)
     """The seed that is used: the user's, or one drawn now."""
     _own: int = field(default=0, init=False, repr=False)

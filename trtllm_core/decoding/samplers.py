@@ -150,7 +150,8 @@ class TopKTopP(Sampler):
 
     def begin(self, slot: int, view: BranchView) -> None:
         choice = _Choice.of(view.sampling, self._vocab_size)
-        self._k[slot], self._p[slot], self._nucleus[slot] = choice
+        for state, value in zip((self._k, self._p, self._nucleus), choice, strict=True):
+            state[slot].fill_(value)
         self._decay.begin(slot, view.sampling)
         self._live[slot] = choice
         self._plan()

@@ -81,10 +81,11 @@ class Slots:
         self.lengths[slot] = n
         context = self.context
         if not self.shared:
-            context.tokens[slot, :n] = torch.from_numpy(self.tokens[slot, :n]).to(context.device)
-            context.lengths[slot] = n
-        context.prompt_lengths[slot] = n
-        context.seeds[slot] = key
+            context.tokens[slot, :n].copy_(torch.from_numpy(self.tokens[slot, :n]), non_blocking=True)
+            context.lengths[slot].fill_(n)
+        # To assign a number would copy it from the host, and wait until the device has come that far.
+        context.prompt_lengths[slot].fill_(n)
+        context.seeds[slot].fill_(key)
 
     def commit(self, slot: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Append ``tokens [n, k]``, of each row the first ``counts``, on the device. Fixed shapes, no sync.

@@ -126,7 +126,7 @@ class Stage(Generic[P]):
             self._share = share  # its beginning is the branch's own: the others do not pay for it
         self._joined[view.slot] = share - (self.seconds - seconds)
         self.members.add(view.slot)
-        self.flags[view.slot] = True
+        self.flags[view.slot].fill_(True)
 
     def end(self, slot: int) -> float:
         """A branch leaves. Returns its part of the plugin's host time, in seconds.
@@ -134,7 +134,7 @@ class Stage(Generic[P]):
         What the plugin raises now can hurt nobody any more: it is kept in ``error``.
         """
         self.members.discard(slot)
-        self.flags[slot] = False
+        self.flags[slot].fill_(False)
         share, seconds = self._share, self.seconds
         try:
             self.call(self.plugin.end, slot)

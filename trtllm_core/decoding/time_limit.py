@@ -34,7 +34,7 @@ class MaxTime(DeviceStoppingCriterion):
     def begin(self, slot: int, view: BranchView) -> None:
         if view.sampling.max_time is None:
             raise ConfigError("max_time has no limit: set the request's max_time to seconds")
-        self._deadline[slot] = self._clock() + view.sampling.max_time
+        self._deadline[slot].fill_(self._clock() + view.sampling.max_time)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
         late = self._deadline[batch.slot] <= self._clock()

@@ -44,9 +44,9 @@ class TopPDecay:
     def begin(self, slot: int, sampling: SamplingConfig) -> None:
         """A branch starts."""
         decay, least, reset = sampling.top_p_decay, sampling.top_p_min, sampling.top_p_reset_ids
-        self._decay[slot] = 1.0 if decay is None else decay
-        self._least[slot] = (0.0 if decay is None else self.LEAST) if least is None else least
-        self._reset[slot] = -1 if reset is None else reset
+        self._decay[slot].fill_(1.0 if decay is None else decay)
+        self._least[slot].fill_((0.0 if decay is None else self.LEAST) if least is None else least)
+        self._reset[slot].fill_(-1 if reset is None else reset)
         self._live.pop(slot, None)
         if self.falls(sampling):
             self._live[slot] = reset is not None and reset >= 0

@@ -36,7 +36,7 @@ class Truncation(DeviceLogitsProcessor):
         self._value = torch.full((context.slots,), self.OFF, device=context.device)
 
     def begin(self, slot: int, view: BranchView) -> None:
-        self._value[slot] = getattr(view.sampling, self.FIELD)
+        self._value[slot].fill_(getattr(view.sampling, self.FIELD))
 
     def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
         logits.masked_fill_(self.dropped(logits, per_row(self._value, batch, neutral=self.OFF)), -math.inf)
