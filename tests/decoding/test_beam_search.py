@@ -379,7 +379,9 @@ def test_the_number_of_sequences_is_the_presets(runner):
         ({"num_beams": 2, "num_return_sequences": 3}, ConfigError, "2 beams returns at most 2"),
         ({"beam_width_array": (2, 4), "num_beams": 3}, ConfigError, "not the largest of beam_width_array"),
         ({"beam_width_array": (0, 4)}, ConfigError, "each width is 1 to 64"),
-        ({"num_beams": 2, "use_beam_hyps": False}, ConfigError, "use_beam_hyps"),
+        ({"num_beams": 2, "use_beam_hyps": False, "length_penalty": 0.5}, ConfigError, "'beam_search', .* would"),
+        ({"num_beams": 2, "use_beam_hyps": False, "early_stopping": 0}, ConfigError, "honours early_stopping=0"),
+        ({"num_beams": 2, "use_beam_hyps": False, "preset": "hf"}, ConfigError, "'plain_beam_search' would"),
         ({"decoder": use("diverse_beam_search", groups=3), "num_beams": 4}, ConfigError, "3 groups cannot share"),
         ({"decoder": "hf_beam_search", "beam_search_diversity_rate": 0.5}, ConfigError, "beam_search_diversity_rate"),
     ],
@@ -389,6 +391,91 @@ def test_what_a_search_does_not_do_is_refused_before_the_first_token(runner, fie
     with pytest.raises(error, match=words):
         runner.generate([[1]], SamplingConfig(**fields))
     assert runner.session.engine.calls == calls
+
+
+# -- without hypotheses -----------------------------------------------------------------------------------------------
+
+
+def in_places(model: Model, prompt: list[int], config: SamplingConfig) -> list[tuple[list[int], float, bool]]:
+    """Beam search in places, from the words alone: tokens, cumulated score and whether it ended, place by place."""
+    array = config.beam_width_array or (config.num_beams,)
+    places: list[tuple[list[int], float, bool]] = [([], 0.0, False)]
+    for step in range(config.max_new_tokens):
+        width = array[min(step, len(array) - 1)]
+        found = []
+        for number, (tokens, score, ended) in enumerate(places):
+            if ended:
+                found.append((-score, 0, number, tokens, True))
+                continue
+            x = model(prompt + tokens).clone()
+            if step < config.min_length:
+                x[list(config.end_id)] = torch.finfo(x.dtype).min
+            chances = x.log_softmax(-1).tolist()
+            for token in sorted(range(len(x)), key=lambda t: (-chances[t], t))[:width]:
+                total = score + chances[token] + config.beam_search_diversity_rate * number
+                found.append((-total, 1, number, [*tokens, token], token in config.end_id))
+        best = sorted(found, key=lambda one: one[:3])[:width]
+        places = [(tokens, -negative, ended) for negative, _, _, tokens, ended in best]
+        if all(ended for _, _, ended in places):
+            break
+    return places
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_hypotheses_a_finished_beam_stays_in_its_place(runner, seed):
+    rng = random.Random(seed)
+    model, early, displaced = Model(runner.session.engine), 0, 0
+    for _ in range(8):
+        prompts, configs = [random_prompt(rng) for _ in range(4)], []
+        for _ in prompts:
+            fields = {name: random_case(rng)[name] for name in ("num_beams", "max_new_tokens", "end_id", "min_length")}
+            fields["beam_search_diversity_rate"] = rng.choice([0.0, 0.0, 0.3])
+            if rng.random() < 0.3:
+                fields["beam_width_array"], fields["num_beams"] = (2, 6, 3), 6
+            configs.append(SamplingConfig(use_beam_hyps=False, return_dict=True, **fields))
+        outputs = runner.generate(prompts, configs)["outputs"]
+        for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
+            mine = [one for one in outputs if one.request_id == str(number)]
+            due = in_places(model, prompt, config)
+            assert [list(one.tokens) for one in mine] == [tokens for tokens, _, _ in due]
+            assert [one.cum_log_prob for one in mine] == pytest.approx([score for _, score, _ in due], abs=1e-4)
+            assert [one.score for one in mine] == [one.cum_log_prob for one in mine]
+            assert [one.finish_reason == "end_id" for one in mine] == [ended for _, _, ended in due]
+            early += any(ended and len(tokens) < config.max_new_tokens for tokens, _, ended in due)
+            kept = runner.generate([prompt], config.replace(use_beam_hyps=True))["outputs"]
+            displaced += {one.tokens for one in kept} != {one.tokens for one in mine}
+    assert early > 5
+    assert displaced > 3, "or keeping them aside would be the same"
+
+
+def test_streams_without_hypotheses_end_as_the_result(runner):
+    config = SamplingConfig(num_beams=4, use_beam_hyps=False, end_id=(1, 5, 9), max_new_tokens=12, return_dict=True)
+    for prompt in ([3, 4], [7], [2, 2, 8]):
+        told: dict[int, list[int]] = {}
+        for delta in runner.generate([prompt], config, streaming=True):
+            tokens = told.setdefault(delta.sequence, [])
+            if delta.keep is not None:
+                del tokens[delta.keep :]
+            tokens.extend(delta.tokens)
+        result = runner.generate([prompt], config)["outputs"]
+        assert told == {one.sequence: list(one.tokens) for one in result}
+    first = runner.generate([[7]], config.replace(num_return_sequences=1))["outputs"]
+    assert [one.tokens for one in first] == [runner.generate([[7]], config)["outputs"][0].tokens]
+
+
+def test_without_hypotheses_other_stops_end_a_beam_too():
+    engine = MarkovExecutable(VOCAB, seed=3, build=BUILD, remembers=True)
+    runner = ModelRunner.from_engine(engine, tokenizer=letter_tokenizer(VOCAB), debug_mode=True)
+    config = SamplingConfig(num_beams=4, use_beam_hyps=False, end_id=(), max_new_tokens=12, return_dict=True)
+    free = runner.generate([[7]], config)["outputs"]
+    word = list(free[0].tokens[2:4])
+    stopped = runner.generate([[7]], config.replace(stop_words_list=[word]))["outputs"]
+    assert "stop_words" in {one.finish_reason for one in stopped}
+    for one in stopped:
+        ends = one.finish_reason == "stop_words"
+        places = [i for i in range(len(one.tokens) - 1) if list(one.tokens[i : i + 2]) == word]
+        assert places == ([len(one.tokens) - 2] if ends else [])
+    assert [one.cum_log_prob for one in stopped] == sorted((one.cum_log_prob for one in stopped), reverse=True)
 
 
 # -- all of it together -----------------------------------------------------------------------------------------------

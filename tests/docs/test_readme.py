@@ -257,7 +257,6 @@ def test_no_figure_without_its_command(name: str) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"use_beam_hyps": False},
         {"decoder": "medusa"},
     ],
 )

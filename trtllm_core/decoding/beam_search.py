@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from trtllm_core.decoding.beams import Beams, Decision, Search
 from trtllm_core.errors import ConfigError
@@ -30,7 +30,7 @@ class BeamSearch(Beams):
     It returns K sequences, or ``num_return_sequences`` where that is set.
     """
 
-    examples = (
+    examples: ClassVar[Sequence[Example]] = (
         Example(sampling={"num_beams": 3}),
         Example(sampling={"num_beams": 2, "length_penalty": 0.5}),
         Example(sampling={"num_beams": 4, "early_stopping": 0}),

@@ -180,7 +180,8 @@ class Planner:
             name = "greedy" if greedy else PRESETS[sampling.preset].sampler
             if sampling.num_beams > 1 or sampling.beam_width_array:
                 hf = "hf_beam_search" if greedy else "hf_beam_sample"
-                name = hf if sampling.preset == "hf" else "beam_search"
+                classic = "beam_search" if sampling.use_beam_hyps else "plain_beam_search"
+                name = hf if sampling.preset == "hf" else classic
             use = PluginUse(name=name)
         return self._item("decoder", self.plugins.decoders, use, (Sampler, Decoder))
 

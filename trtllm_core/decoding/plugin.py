@@ -38,6 +38,8 @@ def trtllm_register_decoders(registrar: DecoderRegistrar) -> None:
     beams = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "random_seed")
     classic = ("beam_search_diversity_rate", "beam_width_array")
     registrar.add("beam_search", f"{_HERE}.beam_search:BeamSearch", consumes=(*beams, *classic))
+    in_place = ("num_beams", "num_return_sequences", "random_seed", "use_beam_hyps")
+    registrar.add("plain_beam_search", f"{_HERE}.plain_beams:PlainBeamSearch", consumes=(*in_place, *classic))
     registrar.add("hf_beam_search", f"{_HERE}.hf_beams:HFBeamSearch", consumes=beams)
     registrar.add("diverse_beam_search", f"{_HERE}.diverse_beams:DiverseBeamSearch", consumes=beams)
     registrar.add("hf_beam_sample", f"{_HERE}.hf_beams:HFBeamSample", consumes=beams)
