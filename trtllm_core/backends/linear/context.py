@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from trtllm_core.backends.linear import ops
-from trtllm_core.nn import Alibi, Attention
+from trtllm_core.backends.linear.grouped import grouped_attention
+from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
 
 UNSEEN = -1e4
 """Added to the score of an entry that a query does not see, where biases make the mask: float16 holds it."""
 
-AttentionKind = Literal["mask", "lower_right"]
-"""How queries are kept from later entries: by an explicit mask, or by the kernel from the rows' lengths."""
+AttentionKind = Literal["mask", "lower_right", "grouped"]
+"""How queries are kept from later entries: by an explicit mask, or by the kernel from the rows' lengths.
+
+``grouped`` is ONNX Runtime's kernel, which rotates and writes the cache as well.
+"""
 
 
 class LinearContext:
@@ -26,7 +30,7 @@ class LinearContext:
         write_indices: int64 ``[batch]``: entries in each row's cache before this call.
         entries: how many entries of the caches attention looks at, at least ``max(write_indices) + tokens``.
         caches: keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_size]``.
-        kind: of attention; ``lower_right`` only where no layer needs a mask, see ``kind_for``.
+        kind: of attention; other than ``mask`` only where no layer needs one, see ``kind_for``.
     """
 
     def __init__(
@@ -43,11 +47,15 @@ class LinearContext:
         """As ``caches``; each is replaced by its updated form when its layer has run."""
         self._write, self._lengths = write_indices, write_indices + tokens
         self._entries, self._kind = entries, kind
+        self._last: torch.Tensor | None = None
+        self._longest = self._lengths
         self._masks: dict[tuple[int | None, Alibi | None], torch.Tensor] = {}
         self._ropes: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [batch, tokens, heads + 2 * kv_heads, head_size]``."""
+        if self._kind == "grouped":
+            return self._grouped(layer, qkv)
         heads, kv = layer.num_heads, layer.num_kv_heads
         qkv = qkv.transpose(1, 2)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv], qkv[:, heads + kv :]
@@ -69,15 +77,40 @@ class LinearContext:
             out = ops.attention_masked(q, k, v, self._mask(layer, q.dtype), layer.softcap or 0.0)
         return out
 
+    def _grouped(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        key, value = 2 * layer.index, 2 * layer.index + 1
+        cos, sin = (None, None) if layer.rotary is None else self._rope(layer.rotary)
+        if self._last is None:
+            self._last = (self._lengths - 1).int()
+            self._longest = self._lengths.max().int()
+        out: torch.Tensor
+        out, self.caches[key], self.caches[value] = grouped_attention(
+            qkv,
+            self.caches[key],
+            self.caches[value],
+            self._last,
+            self._longest,
+            cos,
+            sin,
+            layer.scale,
+            layer.sliding_window or -1,
+            layer.softcap or 0.0,
+        )
+        return out
+
     def _turn(self, layer: Attention, x: torch.Tensor) -> torch.Tensor:
         rotary = layer.rotary
         assert rotary is not None
+        turned: torch.Tensor = ops.rotary(x, *self._rope(rotary), self.positions, rotary.dim)
+        return turned
+
+    def _rope(self, rotary: RotaryEmbedding) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of half a head, once for all layers that share them."""
         assert rotary.table is not None, "prepare() comes first"
         if rotary not in self._ropes:
             half = rotary.dim // 2
             self._ropes[rotary] = rotary.table[:, :half].contiguous(), rotary.table[:, -half:].contiguous()
-        turned: torch.Tensor = ops.rotary(x, *self._ropes[rotary], self.positions, rotary.dim)
-        return turned
+        return self._ropes[rotary]
 
     def _mask(self, layer: Attention, dtype: torch.dtype) -> torch.Tensor:
         """Made once for all layers that have the same window and biases."""
@@ -99,11 +132,18 @@ class LinearContext:
 def kind_for(module: nn.Module, wanted: AttentionKind) -> AttentionKind:
     """``wanted``, unless a layer needs a mask: then all layers have one, because a graph has one kind of attention."""
     attentions = (layer for layer in module.modules() if isinstance(layer, Attention))
-    return wanted if all(_is_plain(layer) for layer in attentions) else "mask"
+    suits = _suits_grouped if wanted == "grouped" else _is_plain
+    return wanted if all(suits(layer) for layer in attentions) else "mask"
 
 
 def _is_plain(layer: Attention) -> bool:
     return layer.sliding_window is None and layer.alibi is None and layer.softcap is None
+
+
+def _suits_grouped(layer: Attention) -> bool:
+    """The kernel has windows and caps, and wants whole vectors of 16 bytes in a head and in what is rotated of it."""
+    rotated = 0 if layer.rotary is None else layer.rotary.dim
+    return layer.alibi is None and layer.head_size % 8 == 0 and rotated % 16 == 0
 
 
 class LinearModule(nn.Module):

@@ -28,6 +28,8 @@ class LinearExecutable(Executable):
         self.capabilities = Capabilities("padded_linear", dtypes, multi_position=True)
         self.past, self.present = cache_names(layers, "past"), cache_names(layers, "present")
         self._caches: torch.Tensor | None = None
+        self._rows: tuple[int, int] | None = None
+        """First row and last but one of the run before; ``_ran`` has its caches and its longest row."""
         self._ran: tuple[Sequence[torch.Tensor], int] = (), 0
 
     @abstractmethod
@@ -52,7 +54,11 @@ class LinearExecutable(Executable):
             raise BackendError(
                 "this engine's KV cache is linear, one row of max_seq_len tokens a slot: use the policy 'contiguous'"
             )
-        self._caches = None  # so that the old caches are gone before the new ones are there
+        self._caches, self._rows, self._ran = (
+            None,
+            None,
+            ((), 0),
+        )  # so that the old caches are gone before the new ones are there
         shape = (2 * model.num_layers, plan.num_blocks, model.num_kv_heads, capacity, model.head_size)
         self._caches = torch.zeros(shape, dtype=getattr(torch, model.dtype), device=self.device)
         return self._caches.nbytes
@@ -88,9 +94,11 @@ class LinearExecutable(Executable):
             name: inputs[name].to(self.device, non_blocking=True)
             for name in ("input_ids", "write_indices", "logit_indices")
         }
-        caches = self._allocated()[:, first:last].unbind(0)
-        self.launch(feed, longest, caches, outputs["logits"], stream)
+        caches = self._ran[0]
+        if (first, last) != self._rows:  # else a step would make as many views as there are caches
+            caches, self._rows = self._allocated()[:, first:last].unbind(0), (first, last)
         self._ran = caches, longest
+        self.launch(feed, longest, caches, outputs["logits"], stream)
 
     def debug_tensors(self) -> Mapping[str, torch.Tensor]:
         """See ``Executable``: each layer's caches, ``[rows, kv_heads, entries, head_size]``, as the run left them."""

@@ -16,6 +16,7 @@ from torch import nn
 from trtllm_core.backends.linear import ops
 from trtllm_core.backends.linear.context import AttentionKind, LinearModule
 from trtllm_core.backends.linear.contract import cache_names
+from trtllm_core.backends.linear.grouped import fuse_residuals
 from trtllm_core.backends.linear.ops import Dialect
 from trtllm_core.backends.linear.quantized import Signed, use_graph_products, write_signed
 from trtllm_core.config import EngineConfig
@@ -30,12 +31,15 @@ class GraphOptions:
 
     dialect: Dialect
     attention: AttentionKind
-    bounded: bool = False
-    """The graph has the input ``cache_entries``, and attention looks at as many entries of the caches as that has."""
     weights_as_inputs: bool = False
     """Matrices are inputs of the graph, under the names of the module's parameters, and no part of it."""
     accuracy_level: int = 0
     """Of products with quantised weights: see ``quantized_linear``."""
+
+    @property
+    def bounded(self) -> bool:
+        """The graph has the input ``cache_entries``, and attention looks at as many entries of the caches."""
+        return self.dialect == "onnxruntime" and self.attention == "mask"
 
 
 def export_module(
@@ -78,6 +82,8 @@ def export_module(
     assert program is not None
     if options.dialect == "tensorrt" and config.quantization is not None:
         _place_signed(program.model, signed_file(file).name, write_signed(module, signed_file(file)))
+    if options.dialect == "onnxruntime":
+        fuse_residuals(program.model)
     _place_weights(program.model, file.name, stored, options.weights_as_inputs)
     proto = _stripped(program.model)
     if options.dialect == "tensorrt":

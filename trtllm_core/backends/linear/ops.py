@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-Dialect = Literal["onnx", "tensorrt"]
-"""Whose operators a graph uses: standard ONNX alone, or TensorRT's own attention, with a body for everybody else."""
+Dialect = Literal["onnxruntime", "tensorrt"]
+"""Whose operators a graph uses beside standard ONNX: ONNX Runtime's, or TensorRT's attention with a body for others."""
 
 
 @torch.library.custom_op("trtllm_core::kv_update", mutates_args=())
@@ -106,6 +106,7 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
     """The ONNX nodes (opset 24) of each operator, as ``torch.onnx.export`` takes them."""
     import onnxscript
 
+    from trtllm_core.backends.linear.grouped import group_query_attention
     from trtllm_core.backends.linear.quantized import dequantize_linear, matmul_nbits
 
     op: Any = onnxscript.values.Opset("", 24)
@@ -149,10 +150,11 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
         _register_trt_attention()
     ours, aten = torch.ops.trtllm_core, torch.ops.aten
     return {
-        ours.quantized_linear.default: matmul_nbits() if dialect == "onnx" else dequantize_linear(),
+        ours.quantized_linear.default: matmul_nbits() if dialect == "onnxruntime" else dequantize_linear(),
+        ours.grouped_attention.default: group_query_attention(),
         ours.kv_update.default: onnx_kv_update,
         ours.attention_lower_right.default: trt_attention_lower_right,
-        ours.attention_masked.default: onnx_attention_masked if dialect == "onnx" else trt_attention_masked,
+        ours.attention_masked.default: onnx_attention_masked if dialect == "onnxruntime" else trt_attention_masked,
         ours.rotary.default: onnx_rotary,
         ours.rms_norm.default: onnx_rms_norm,
         # The exporter's own make sequences of them, which TensorRT does not know.

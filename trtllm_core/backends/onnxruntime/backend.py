@@ -67,13 +67,13 @@ class OnnxRuntimeBackend(Backend):
 
         options = _check_build(config)
         file = directory / f"rank{rank}.safetensors"
-        form = GraphOptions(dialect="onnx", attention="mask", bounded=True, accuracy_level=options.accuracy_level)
-        path, _ = write_weights_and_graph(config, family, weights, file, form)
-        record: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "onnx": version("onnx")}
+        form = GraphOptions("onnxruntime", "grouped", accuracy_level=options.accuracy_level)
+        path, kind = write_weights_and_graph(config, family, weights, file, form)
+        record: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "onnx": version("onnx"), "attention": kind}
         if config.quantization is not None:
             record["accuracy_level"] = options.accuracy_level
         if options.verify:
-            record["verified"] = graph_errors(path, file, config, family)
+            record["verified"] = graph_errors(path, file, config.replace(record=record), family)
         return BuiltRank(path, (file,), record)
 
     def load(
@@ -82,13 +82,14 @@ class OnnxRuntimeBackend(Backend):
         config: EngineConfig,
         family: ModelFamily,
         *,
+        device: torch.device | str = "cpu",
         threads: int | None = None,
         **unknown: Any,
     ) -> OnnxRuntimeExecutable:
         """See ``Backend``. ``threads`` is how many run a step; None takes PyTorch's number.
 
         Raises:
-            ConfigError: an unknown option.
+            ConfigError: an unknown option, or a device other than the CPU.
             EngineUnsupportedError: the engine is not a file: its weights lie beside it.
             EngineCorruptError: the graph or its weights cannot be read.
         """
@@ -96,6 +97,8 @@ class OnnxRuntimeBackend(Backend):
 
         if unknown:
             raise ConfigError(f"the onnxruntime backend has no option {listing(unknown)}")
+        if torch.device(device).type != "cpu":
+            raise ConfigError(f"onnxruntime engines run on the CPU, not on {str(device)!r}")
         if not isinstance(source, Path):
             raise EngineUnsupportedError("an onnxruntime engine is loaded by its path: its weights lie beside it")
         return OnnxRuntimeExecutable(config, source, threads)

@@ -34,7 +34,11 @@ class OnnxRuntimeExecutable(LinearExecutable):
         self._bounded = "cache_entries" in names
         self._weights = {name: tensor for name, tensor in (weights or {}).items() if name in names}
         """Of graphs that take weights as inputs."""
+        self._grouped = config.record.get("attention") == "grouped"
         self._entries = torch.arange(config.build.max_seq_len)
+        self._binding: Any = None
+        self._place: tuple[int, int] | None = None
+        """Address and rows of the caches that are bound."""
 
     def launch(
         self,
@@ -45,16 +49,38 @@ class OnnxRuntimeExecutable(LinearExecutable):
         stream: int,
     ) -> None:
         """See ``LinearExecutable``."""
-        binding = self._session.io_binding()
-        for name, tensor in (*self._weights.items(), *inputs.items()):
+        rows, tokens = inputs["input_ids"].shape
+        if self._grouped and rows > 1 and tokens > 1 and int(inputs["write_indices"].max()) > 0:
+            # ONNX Runtime's kernel takes several tokens of several rows only where all caches are empty.
+            for row in range(rows):
+                one = slice(row, row + 1)
+                part = {name: tensor[one] for name, tensor in inputs.items()}
+                self._run(part, longest, [cache[one] for cache in caches], logits[one])
+        else:
+            self._run(inputs, longest, caches, logits)
+
+    def _run(
+        self, inputs: Mapping[str, torch.Tensor], longest: int, caches: Sequence[torch.Tensor], logits: torch.Tensor
+    ) -> None:
+        binding = self._bound(caches)
+        for name, tensor in inputs.items():
             _bind(binding.bind_input, name, tensor)
         if self._bounded:
             _bind(binding.bind_input, "cache_entries", self._entries[: -(-longest // ENTRIES_STEP) * ENTRIES_STEP])
-        for past, present, cache in zip(self.past, self.present, caches, strict=True):
-            _bind(binding.bind_input, past, cache)
-            _bind(binding.bind_output, present, cache)
         _bind(binding.bind_output, "logits", logits)
         self._session.run_with_iobinding(binding)
+
+    def _bound(self, caches: Sequence[torch.Tensor]) -> Any:
+        """A binding of what stays: weights, and the caches until a run has other rows of them."""
+        place = caches[0].data_ptr(), caches[0].shape[0]
+        if place != self._place:
+            self._binding, self._place = self._session.io_binding(), place
+            for name, tensor in self._weights.items():
+                _bind(self._binding.bind_input, name, tensor)
+            for past, present, cache in zip(self.past, self.present, caches, strict=True):
+                _bind(self._binding.bind_input, past, cache)
+                _bind(self._binding.bind_output, present, cache)
+        return self._binding
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
