@@ -36,7 +36,8 @@ def graph_errors(graph: Path, weights: Path, config: EngineConfig, family: Model
     lengths = [min(n, build.max_input_len) for n in LENGTHS[: build.max_batch_size]]
     steps = min(STEPS, build.max_seq_len - max(lengths))
     texts = [torch.randint(config.model.vocab_size, (n + steps,), generator=random) for n in lengths]
-    theirs = packed_logits(TorchBackend().load(weights, config, family), texts, lengths)
+    exact = TorchBackend().load(weights, config, family, int8_activations=False)
+    theirs = packed_logits(exact, texts, lengths)
     tensors = Weights(weights, torch.device("cpu")).tensors
     ours = _linear(OnnxRuntimeExecutable(config, graph, weights=tensors), texts, lengths, steps)
     return {
