@@ -23,6 +23,7 @@ def make_loop(
     end_ids: Sequence[int] | None,
     debug: bool,
     clock: Callable[[], float],
+    look_ahead: bool | None,
 ) -> StepLoop:
     """A loop over a loaded engine, with nobody in it. Arguments as for ``GenerationSession``.
 
@@ -35,10 +36,20 @@ def make_loop(
     able = engine.capabilities
     offered = offers(token_bytes is not None, able.multi_position, hidden_states=able.hidden_states)
     planner = Planner(plugins, offered, config.build)
+    if look_ahead is None:
+        look_ahead = session.device.type == "cuda"
+    look_ahead &= able.contract == "packed_paged" and not debug
     # All ranks go by the clock of the first.
     branches = BranchTable(
-        config, session.device, planner, tuple(ends), token_bytes, debug, lambda: engine.broadcast(clock())
+        config,
+        session.device,
+        planner,
+        tuple(ends),
+        token_bytes,
+        debug,
+        lambda: engine.broadcast(clock()),
+        look_ahead,
     )
     cache = make_cache(kv_cache, engine, plugins, branches.slots.tokens)
     planner.follow(cache.plan.rewindable)
-    return StepLoop(session, cache, branches, plugins)
+    return StepLoop(session, cache, branches, plugins, look_ahead)

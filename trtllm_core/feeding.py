@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,11 +41,20 @@ class PromptLogits:
 
 
 @dataclass(frozen=True, slots=True)
+class Newest:
+    """Tokens of a step that has not landed: the device has them, the host does not."""
+
+    slots: Sequence[int]
+    tokens: torch.Tensor
+    """int32 ``[n]``, on the device."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fed:
     """The engine's inputs of a step. They are views of the feed's buffers, and good until the next step is fed."""
 
     inputs: dict[str, torch.Tensor]
-    """By name, on the CPU."""
+    """By name, on the CPU; ``input_ids`` on the device where it has some that the host has not seen yet."""
     given: int
     """How many positions' logits the engine gives."""
     prompts: PromptLogits | None = None
@@ -71,11 +81,35 @@ class Feed:
         self._lengths = np.zeros(rows, np.int32)
         self._past = np.zeros(rows, np.int32)
         self._tables = np.full((rows, cache.tables.shape[1]), -1, np.int32)
+        self._place = np.zeros(rows, np.int64)  # by slot: its row in the step before
         self._steady: dict[int, dict[str, torch.Tensor]] = {}  # inputs of a steady step, by its number of rows
         self._reserve(max(tokens, rows))
 
-    def fill(self, rows: Rows) -> Fed:
-        """Write what the engine reads to run ``rows``."""
+    def fill(self, rows: Rows, newest: Newest | None = None) -> Fed:
+        """Write what the engine reads to run ``rows``; ``newest`` are tokens that the host has not seen yet."""
+        fed = self._fill(rows)
+        ahead = self._branches.slots.ahead[rows.slots] > 0 if newest is not None else None
+        if newest is None or ahead is None or not ahead.any():
+            return fed
+        ids = self._with_newest(rows, fed.inputs["input_ids"], ahead, newest)
+        return replace(fed, inputs=fed.inputs | {"input_ids": ids})
+
+    def _with_newest(self, rows: Rows, ids: torch.Tensor, ahead: np.ndarray, newest: Newest) -> torch.Tensor:
+        """The tokens of a step on the device: those that are known here, and those that only the device knows.
+
+        ``ahead``, bool ``[rows]``, says which rows run one of these, and nothing else.
+        """
+        if ahead.all() and newest.slots == rows.slots.tolist():  # nearly always
+            return newest.tokens
+        self._place[newest.slots] = np.arange(len(newest.slots))
+        device = newest.tokens.device
+        chosen = newest.tokens[torch.from_numpy(self._place[rows.slots[ahead]]).to(device, non_blocking=True)]
+        if ahead.all():
+            return chosen
+        at = torch.from_numpy(np.cumsum(rows.counts)[ahead] - 1).to(device, non_blocking=True)
+        return ids.to(device, non_blocking=True).index_put_((at,), chosen)
+
+    def _fill(self, rows: Rows) -> Fed:
         count = len(rows.slots)
         cache = self._cache
         past = cache.cached[rows.slots]

@@ -51,6 +51,8 @@ class GenerationSession(EngineProperties):
         tokenizer: of the engine; needed by stop strings and text deltas.
         end_ids: tokens that end a sequence where its SamplingConfig names none; None takes the tokenizer's.
         clock: seconds since some moment, for time limits; of several ranks, rank 0's counts.
+        look_ahead: launch a step before the tokens of the one before it have come back, where nothing in between needs
+            the host; None: on GPUs. Tokens are the same either way.
         options: the backend's own, such as ``device``.
     """
 
@@ -68,6 +70,7 @@ class GenerationSession(EngineProperties):
         tokenizer: Tokenizer | None = None,
         end_ids: Sequence[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        look_ahead: bool | None = None,
         **options: Any,
     ) -> None:
         self.plugins = plugins or Plugins.load()
@@ -90,7 +93,9 @@ class GenerationSession(EngineProperties):
         elif debug_tensors_to_save is not None or debug_dir is not None:
             raise ConfigError("debug_tensors_to_save and debug_dir need debug_mode")
         self.kv_config = kv_cache or KVCacheConfig()
-        self.loop = make_loop(self.session, self.plugins, self.kv_config, tokenizer, end_ids, debug_mode, clock)
+        self.loop = make_loop(
+            self.session, self.plugins, self.kv_config, tokenizer, end_ids, debug_mode, clock, look_ahead
+        )
         self.lora = LoraManager(self.session, self.plugins, TensorParallel(self.mapping.tp_rank, self.mapping.tp_size))
         self._batch = StaticBatch(self.loop, self.lora)
         self._shape: BatchShape | None = None

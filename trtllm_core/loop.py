@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 import torch
 
 from trtllm_core.decoding.admitting import admit, put_off, take_up
 from trtllm_core.decoding.branches import BranchTable
-from trtllm_core.decoding.committing import commit
+from trtllm_core.decoding.committing import commit, take_failures
+from trtllm_core.decoding.flight import Ahead, Flight
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.looking import Looks
 from trtllm_core.decoding.plan import Plan, PlanItem
@@ -17,7 +20,8 @@ from trtllm_core.decoding.positions import Positions, with_copies
 from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.decoding.resting import with_resting
-from trtllm_core.feeding import Feed, Rows
+from trtllm_core.decoding.tail import choose, commit_ahead
+from trtllm_core.feeding import Feed, Newest, Rows
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import Plugins
@@ -31,7 +35,9 @@ class StepLoop:
     on → commit. Up to ``settle`` nothing changes; state moves in ``commit`` alone.
     """
 
-    def __init__(self, session: Session, cache: KVCache, branches: BranchTable, plugins: Plugins) -> None:
+    def __init__(
+        self, session: Session, cache: KVCache, branches: BranchTable, plugins: Plugins, look_ahead: bool = False
+    ) -> None:
         config = session.config
         self.session = session
         packed = session.config.contract == "packed_paged"
@@ -43,12 +49,16 @@ class StepLoop:
         self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
         self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
         self._at: Positions | None = None  # of the last step without drafts
+        self._newest: Flight | None = None  # launched, and not landed
+        self._look_ahead = look_ahead
         self.use(cache)
 
     def use(self, cache: KVCache) -> None:
         """Run on this cache from now on. Nothing may run while it changes."""
         build = self.session.config.build
         self.cache = cache
+        # A policy that moves and drops entries after a step looks at tokens that are known by then.
+        self._may_look_ahead = self._look_ahead and not cache.settles
         self.branches.host.looks = Looks(self.session, cache, self.branches.conditions)
         self._feed = Feed(build.max_branches, build.max_num_tokens, cache, self.branches)
 
@@ -100,12 +110,26 @@ class StepLoop:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
         self.cache.extend(*with_resting(self.branches, self.cache, slot, count))
 
-    @torch.inference_mode()
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the next step may be launched before the last one has landed."""
+        return self._may_look_ahead and self.branches.on_device
+
     def step(self, slots: Sequence[int], counts: Sequence[int]) -> list[Delta]:
+        """``launch`` a step, and ``land`` it."""
+        flight = self.launch(slots, counts)
+        return [] if flight is None else self.land(flight)
+
+    @torch.inference_mode()
+    def launch(self, slots: Sequence[int], counts: Sequence[int]) -> Flight | None:
         """Run ``counts[i]`` tokens of each slot, and choose a next one where the last known token was among them.
 
         A branch may run more than it has: drafts that ``propose`` found. Then it gets as many tokens as are accepted.
-        One with companions runs its last known token in a step with theirs: see ``Companions.share``.
+        One with companions runs its last known token in a step with theirs: see ``Companions.share``. And while
+        ``looks_ahead``, one may run the token that the flight before this one is about to bring.
+
+        Returns:
+            The step, which must ``land``; None: nobody gets a token from it.
         """
         rows = self._rows(slots, counts)
         self.cache.extend(rows.slots, rows.counts)
@@ -113,7 +137,31 @@ class StepLoop:
         self.cache.commit(rows.slots, rows.counts)
         self.cache.settle(rows.slots, rows.counts)
         self.steps += 1
-        return self._choose(rows, logits) if rows.asking.any() else []
+        self._newest = self._ask(rows, logits) if rows.asking.any() else None
+        return self._newest
+
+    @torch.inference_mode()
+    def land(self, flight: Flight) -> list[Delta]:
+        """Wait for a step's tokens, and for nothing that was launched after it: who ends, and what there is to tell.
+
+        Rows of branches that ended since the launch are passed over: a step that looked ahead knew nothing of it.
+        """
+        if self._newest is flight:
+            self._newest = None
+        branches, chosen = self.branches, flight.chosen
+        table, slots = flight.coming.wait(), chosen.choice.slots
+        if flight.ahead is not None:
+            here = [branches.live.get(slot) is one for slot, one in zip(slots, flight.ahead.branches, strict=True)]
+            if not all(here):
+                table, slots = table[here], list(compress(slots, here))
+            branches.slots.ahead[slots] -= 1
+        verdict = branches.rules.conclude(chosen.asked, table, slots)
+        outcome = branches.settle(replace(chosen.choice, slots=slots), verdict, chosen.scores)
+        deltas = commit(branches, self.cache, outcome, flight.failures, flight.ahead)
+        if flight.drafts is not None:
+            self._take_back(np.array(flight.slots), flight.drafts)
+        self._release()
+        return deltas
 
     @torch.inference_mode()
     def end(self, live: LiveRequest, reason: str) -> list[Delta]:
@@ -132,7 +180,7 @@ class StepLoop:
         propose(self.branches, slots)
         return self.branches.drafts.counts[np.asarray(slots, np.int64)]
 
-    def _choose(self, rows: Rows, logits: torch.Tensor) -> list[Delta]:
+    def _ask(self, rows: Rows, logits: torch.Tensor) -> Flight:
         """Next tokens for the asking rows from their raw logits, float32 ``[n, vocab_size_padded]``."""
         branches, slots, drafts = self.branches, rows.slots[rows.asking].tolist(), rows.drafts
         beside = None
@@ -143,19 +191,14 @@ class StepLoop:
         at = self._positions(slots, drafts)
         branches.gathering.note(at.slots_by_position, logits)
         branches.pipeline.prepare(at)
-        scored = branches.wants_log_probs
         shown = None if beside is None else branches.companions.shown(at.slots_by_position, beside)
-        processed, scores = branches.pipeline.apply(logits, at.slot, at.offset, at.draft, scored, shown)
-        # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
-        wanted = processed if branches.wants_logits else None
-        looks = wanted is not None or (scored and scores is processed)
-        choice = branches.choosers.select(processed.clone() if looks else processed, at)
-        verdict = branches.rules.check(choice.selection, choice.slot, choice.slots, wanted, choice.source)
-        deltas = commit(branches, self.cache, branches.settle(choice, verdict, scores))
-        if drafts is not None:
-            self._take_back(np.array(slots), drafts)
-        self._release()
-        return deltas
+        chosen = choose(branches, logits, at, shown)
+        coming, failed, ahead = branches.rules.send(chosen.asked), take_failures(branches), None
+        if self.looks_ahead:
+            tokens = commit_ahead(branches, chosen)
+            ahead = Ahead(tuple(branches.live[slot] for slot in slots), tokens, take_failures(branches))
+            branches.slots.ahead[slots] += 1
+        return Flight(chosen, coming, slots, drafts, failed, ahead)
 
     def _positions(self, slots: list[int], drafts: np.ndarray | None) -> Positions:
         if drafts is not None:
@@ -188,7 +231,7 @@ class StepLoop:
 
     def _rows(self, slots: Sequence[int], counts: Sequence[int]) -> Rows:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
-        known = self.branches.slots.lengths[slot]
+        known = self.branches.slots.lengths[slot] + self.branches.slots.ahead[slot]
         left = known - self.cache.cached[slot] - count
         if not left.any():
             return Rows(slot, count, left == 0, steady=bool((count == 1).all()))
@@ -203,7 +246,9 @@ class StepLoop:
 
     def _run(self, rows: Rows) -> torch.Tensor:
         """Logits of the asking rows' positions, float32 ``[n, vocab_size_padded]``."""
-        fed = self._feed.fill(rows)
+        last = self._newest
+        ahead = None if last is None or last.ahead is None else Newest(last.chosen.choice.slots, last.ahead.tokens)
+        fed = self._feed.fill(rows, ahead)
         if fed.prompts is not None:
             logits = torch.empty(fed.given, self._logits.shape[1], device=self.session.device)
         else:

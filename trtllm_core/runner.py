@@ -40,6 +40,7 @@ class ModelRunner(EngineProperties):
         plugins: Plugins | None = None,
         lora_dir: Directories | None = None,
         lora_ckpt_source: str = "hf",
+        look_ahead: bool | None = None,
         **options: Any,
     ) -> ModelRunner:
         """Load an engine directory: its config is checked, then one rank's weights are mapped.
@@ -52,6 +53,7 @@ class ModelRunner(EngineProperties):
             plugins: where everything is looked up; None loads what is installed.
             lora_dir: a directory of a Hugging Face PEFT adapter, or several. Their uids are "0", "1", … in order.
             lora_ckpt_source: "hf", the only kind of adapters that is read.
+            look_ahead: see ``GenerationSession``.
             options: the backend's own, such as ``device="cuda"`` or ``batch_invariant=True``.
 
         Raises:
@@ -62,7 +64,7 @@ class ModelRunner(EngineProperties):
         session = Session.from_directory(engine_dir, rank, plugins=plugins, **options)
         has_tokenizer = (Path(engine_dir) / TOKENIZER).is_file()
         tokenizer = Tokenizer.from_dir(engine_dir) if has_tokenizer else None
-        runner = cls._of(session, rank, debug_mode, kv_cache, plugins, tokenizer)
+        runner = cls._of(session, rank, debug_mode, kv_cache, plugins, tokenizer, look_ahead)
         runner.generation.lora.load_from_ckpt(lora_dir, lora_ckpt_source)
         return runner
 
@@ -78,10 +80,11 @@ class ModelRunner(EngineProperties):
         tokenizer: Tokenizer | None = None,
         lora_dir: Directories | None = None,
         lora_ckpt_source: str = "hf",
+        look_ahead: bool | None = None,
     ) -> ModelRunner:
         """Use an engine that is loaded already. It has no directory, so its tokenizer is passed in."""
         session = engine if isinstance(engine, Session) else Session.from_engine(engine)
-        runner = cls._of(session, rank, debug_mode, kv_cache, plugins or Plugins.load(), tokenizer)
+        runner = cls._of(session, rank, debug_mode, kv_cache, plugins or Plugins.load(), tokenizer, look_ahead)
         runner.generation.lora.load_from_ckpt(lora_dir, lora_ckpt_source)
         return runner
 
@@ -94,12 +97,20 @@ class ModelRunner(EngineProperties):
         kv_cache: KVCacheConfig | None,
         plugins: Plugins,
         tokenizer: Tokenizer | None,
+        look_ahead: bool | None,
     ) -> ModelRunner:
         size = session.config.build.tp_size
         mapping = Mapping(world_size=size, rank=rank, tp_size=size)
         return cls(
             GenerationSession(
-                None, session, mapping, debug_mode, kv_cache=kv_cache, plugins=plugins, tokenizer=tokenizer
+                None,
+                session,
+                mapping,
+                debug_mode,
+                kv_cache=kv_cache,
+                plugins=plugins,
+                tokenizer=tokenizer,
+                look_ahead=look_ahead,
             )
         )
 

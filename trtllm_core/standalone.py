@@ -91,7 +91,7 @@ class StandaloneDecoder:
         self._engine = GivenLogits(vocab_size, build, self.device)
         session = Session.from_engine(self._engine)
         plugins = plugins or Plugins.load()
-        self._loop = make_loop(session, plugins, KVCacheConfig(), tokenizer, end_ids, debug_mode, clock)
+        self._loop = make_loop(session, plugins, KVCacheConfig(), tokenizer, end_ids, debug_mode, clock, False)
         self._loop.branches.planner.offers -= {"companions"}  # their logits nobody gives
         self._text = tokenizer is not None
         self._live: list[LiveRequest] = []

@@ -63,8 +63,8 @@ class Line:
         for slot, token in zip(slots, tokens, strict=True):
             self.floor.append(slot, [token])
         ones = torch.ones(len(slots), dtype=torch.int64)
-        rows = torch.tensor(slots), torch.tensor(tokens)[:, None], ones, slots, [[token] for token in tokens]
-        self.pipeline.commit(CommittedRows(*rows))
+        self.pipeline.commit_device(CommittedRows(torch.tensor(slots), torch.tensor(tokens)[:, None], ones))
+        self.pipeline.commit_host(slots, [[token] for token in tokens])
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ class StopsSecond(HostStoppingCriterion):
 
 def test_a_criterion_of_request_scope_ends_a_request(runner):
     told = []
-    check = runner.generation.loop.branches.rules.check
-    runner.generation.loop.branches.rules.check = lambda *args: told.append(check(*args)) or told[-1]
+    conclude = runner.generation.loop.branches.rules.conclude
+    runner.generation.loop.branches.rules.conclude = lambda *args: told.append(conclude(*args)) or told[-1]
     result = runner.generate([[5], [6]], CONFIG, stopping_criteria=StopsSecond())
     assert result["finish_reasons"] == ["second", "second"]
     assert [verdict.ends_request for verdict in told] == [[False, False], [True, True]]

@@ -47,6 +47,7 @@ class BranchTable:
         token_bytes: TokenBytes | None = None,
         debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        look_ahead: bool = False,
     ) -> None:
         build = config.build
         self._config = config
@@ -60,6 +61,7 @@ class BranchTable:
             device,
             token_bytes,
             clock,
+            apart=look_ahead,
         )
         self.conditions = Conditions(build.max_branches)
         self.gathering = Gathering()
@@ -97,6 +99,14 @@ class BranchTable:
         """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
         return any(stages.wants_logits for stages in self.stages)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether a step needs the host for nothing between its logits and the commit of one token a row."""
+        if self.unborn or self.verifying or self.companions or self.samplers.live:
+            return False
+        told = self._scored or self.gathering or self.conditions.replaces_tokens
+        return not told and self.pipeline.on_device and self.choosers.on_device
+
     def plan(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
         """The plan of a request; ``beside`` as for ``Planner.plan``."""
         if request.text and self._token_bytes is None:
@@ -127,7 +137,7 @@ class BranchTable:
                 self.streams.add(slot)
             if plan.log_probs:
                 self._scored.add(slot)
-            self.slots.begin(slot, request.prompt, slot_key(request.seed, number))
+            self.slots.begin(slot, request.prompt, slot_key(request.seed, number), live.most)
             self.conditions.begin(slot, request)
             self.gathering.begin(slot, request, None if number else live.scores)
             if number < plan.branching.branches:
@@ -135,7 +145,7 @@ class BranchTable:
                 live.unborn.append(Branch(live, slot, number, stream=stream))
         for slot, prompt in live.companions.items():
             self.owners[slot] = live
-            self.slots.begin(slot, prompt, 0)
+            self.slots.begin(slot, prompt, 0, live.most + len(prompt) - len(request.prompt))
             self.conditions.begin(slot, request)
         self.companions.begin(live.slots, tuple(live.companions), plan.companions)
         first = live.unborn.pop(0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.choice import Found, Outcome
+from trtllm_core.decoding.flight import Ahead
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.request import Delta
 from trtllm_core.decoding.stages import CommittedRows
@@ -19,14 +20,27 @@ from trtllm_core.plugin import Stop
 FAILED = "plugin_error"
 
 
-def commit(table: BranchTable, cache: KVCache, outcome: Outcome) -> list[Delta]:
-    """Tokens are cut where a row ends and appended to the rest; what has ended is told, and leaves."""
-    failures = _failures(table)
+def commit(
+    table: BranchTable,
+    cache: KVCache,
+    outcome: Outcome,
+    failures: Mapping[LiveRequest, PluginError],
+    ahead: Ahead | None = None,
+) -> list[Delta]:
+    """Tokens are cut where a row ends and appended to the rest; what has ended is told, and leaves.
+
+    Args:
+        table, cache: of the session.
+        outcome: of the step.
+        failures: requests that failed before it was known.
+        ahead: what the device has committed already; None: nothing.
+    """
+    failed = {**take_failures(table), **failures}
     for slot, what in outcome.verdict.wrong.items():
-        decoder = table.owners[slot].plan.decoder.name
+        live = table.owners[slot]
         # One that failed before chose nothing.
-        failures.setdefault(slot, PluginContractError(f"decoder {decoder!r} {what}"))
-    reasons = _blame(table, failures)
+        failed.setdefault(live, PluginContractError(f"decoder {live.plan.decoder.name!r} {what}"))
+    reasons = _blame(failed)
     broken = set(reasons)
     stopped = any(outcome.stops)
     if stopped:
@@ -44,27 +58,32 @@ def commit(table: BranchTable, cache: KVCache, outcome: Outcome) -> list[Delta]:
             for slot, tokens, stop in zip(outcome.slots, outcome.new, outcome.stops, strict=True)
         ]
     if new:
-        _write(table, outcome, new)
+        _write(table, outcome, new, ahead is not None)
     held = None
     if table.streams:
         held = [_held(table, slot, stop) for slot, stop in zip(outcome.slots, outcome.stops, strict=True)]
-    reasons |= _blame(table, _failures(table))
+    reasons |= _blame({**take_failures(table), **(ahead.failures if ahead else {})})
     return _tell(table, outcome, new, held, reasons)
 
 
-def _failures(table: BranchTable) -> dict[int, PluginError]:
+def take_failures(table: BranchTable) -> dict[LiveRequest, PluginError]:
+    """The requests whose plugins have failed since the last call, and the first failure of each."""
     if not any(stages.failures for stages in table.stages):
         return {}
-    return {slot: error for stages in table.stages for slot, error in stages.take_failures().items()}
+    failed: dict[LiveRequest, PluginError] = {}
+    for stages in table.stages:
+        for slot, error in stages.take_failures().items():
+            failed.setdefault(table.owners[slot], error)
+    return failed
 
 
-def _blame(table: BranchTable, failures: Mapping[int, PluginError]) -> dict[LiveRequest, str]:
-    """The requests that fail with their slots. Of several failures of a request, the first is told."""
+def _blame(failed: Mapping[LiveRequest, PluginError]) -> dict[LiveRequest, str]:
+    """The reason of requests that fail, those that are over passed over."""
     broken = {}
-    for slot, error in failures.items():
-        live = table.owners[slot]
-        live.error = live.error or error
-        broken[live] = FAILED
+    for live, error in failed.items():
+        if not live.over:
+            live.error = live.error or error
+            broken[live] = FAILED
     return broken
 
 
@@ -111,10 +130,18 @@ def _fork(table: BranchTable, cache: KVCache, forks: Mapping[int, int]) -> None:
         stages.fork(src, dst)
 
 
-def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
-    """Append ``new`` to the rows' slots, and to those of their companions, and tell the plugins."""
+def _write(table: BranchTable, outcome: Outcome, new: list[list[int]], ahead: bool) -> None:
+    """Append ``new`` to the rows' slots, and to those of their companions, and tell the plugins.
+
+    ``ahead``: those on the device know it already.
+    """
     counts = list(map(len, new))
     single = outcome.tokens.shape[1] == 1 and min(counts) == 1
+    if ahead:
+        table.slots.record(outcome.slots, new, single)
+        for stages in table.stages:
+            stages.commit_host(outcome.slots, new)
+        return
     count = table.slots.ones(len(new)) if single else table.slots.sent(counts)
     table.slots.commit(outcome.slot, outcome.tokens, count)
     table.slots.record(outcome.slots, new, single)
@@ -123,9 +150,10 @@ def _write(table: BranchTable, outcome: Outcome, new: list[list[int]]) -> None:
         row = table.slots.sent(places)
         table.slots.commit(table.slots.sent(companions), outcome.tokens[row], count[row])
         table.slots.record(companions, [new[place] for place in places], single)
-    rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.slots, new, outcome.scores)
+    rows = CommittedRows(outcome.slot, outcome.tokens, count, outcome.scores)
     for stages in table.stages:
-        stages.commit(rows)
+        stages.commit_device(rows)
+        stages.commit_host(outcome.slots, new)
 
 
 def _beside(live: LiveRequest, outcome: Outcome, row: int, tokens: list[int]) -> list[Mapping[int, float]]:

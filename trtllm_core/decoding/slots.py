@@ -16,6 +16,11 @@ class Slots:
     """Tokens, lengths and random keys, indexed by slot. On the CPU the host's arrays and the tensors are one memory.
 
     The host's copy follows the device's when a step's tokens have come back: see ``commit`` and ``record``.
+
+    Args:
+        count: how many there are.
+        max_seq_len, vocab_size, vocab_size_padded, device, text, clock: as of ``DecodingContext``.
+        apart: the device's copy is never the host's memory, as a loop that looks ahead needs it.
     """
 
     def __init__(
@@ -27,12 +32,17 @@ class Slots:
         device: torch.device,
         text: TokenBytes | None = None,
         clock: Callable[[], float] = time.monotonic,
+        apart: bool = False,
     ) -> None:
         self.tokens = np.zeros((count, max_seq_len), np.int32)
         """int32 ``[slots, max_seq_len]``: prompt and committed tokens."""
         self.lengths = np.zeros(count, np.int64)
         """int64 ``[slots]``: tokens of each slot."""
-        self.shared = device.type == "cpu"
+        self.ahead = np.zeros(count, np.int64)
+        """int64 ``[slots]``: tokens that the device has committed and the host has not seen yet."""
+        self.limits = np.zeros(count, np.int64)
+        """int64 ``[slots]``: tokens that each can have, prompt included."""
+        self.shared = device.type == "cpu" and not apart
         """Whether the host's copy and the device's are one memory."""
         self._ones = torch.ones(count, dtype=torch.int64, device=device)
         self._free = list(range(count - 1, -1, -1))
@@ -42,8 +52,8 @@ class Slots:
             vocab_size=vocab_size,
             vocab_size_padded=vocab_size_padded,
             device=device,
-            tokens=torch.from_numpy(self.tokens).to(device),
-            lengths=torch.from_numpy(self.lengths).to(device),
+            tokens=torch.from_numpy(self.tokens).to(device, copy=not self.shared),
+            lengths=torch.from_numpy(self.lengths).to(device, copy=not self.shared),
             prompt_lengths=torch.zeros(count, dtype=torch.int64, device=device),
             seeds=torch.zeros(count, dtype=torch.int64, device=device),
             text=text,
@@ -74,11 +84,11 @@ class Slots:
         self._free.append(slot)
         self._free.sort(reverse=True)
 
-    def begin(self, slot: int, prompt: Sequence[int], key: int) -> None:
-        """A branch starts with ``prompt``; ``key`` is that of its random numbers."""
+    def begin(self, slot: int, prompt: Sequence[int], key: int, most: int) -> None:
+        """A branch starts with ``prompt``; ``key`` is that of its random numbers, ``most`` its limit."""
         n = len(prompt)
         self.tokens[slot, :n] = prompt
-        self.lengths[slot] = n
+        self.lengths[slot], self.limits[slot], self.ahead[slot] = n, most, 0
         context = self.context
         if not self.shared:
             context.tokens[slot, :n].copy_(torch.from_numpy(self.tokens[slot, :n]), non_blocking=True)

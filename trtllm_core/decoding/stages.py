@@ -32,7 +32,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class CommittedRows:
-    """What a step committed, on the device and on the host."""
+    """What a step commits, on the device."""
 
     slot: torch.Tensor
     """int64 ``[n]``."""
@@ -40,9 +40,6 @@ class CommittedRows:
     """int64 ``[n, k]``."""
     counts: torch.Tensor
     """int64 ``[n]``."""
-    slots: Sequence[int]
-    new: Sequence[Sequence[int]]
-    """The tokens of each slot, as lists."""
     scores: Scores | None = None
     """Where the tokens came from; needed where a plugin asks for logits."""
 
@@ -159,6 +156,8 @@ class Stages(Generic[P]):
         """Slot to what failed it, since ``take_failures``."""
         self.wants_logits = False
         """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
+        self.on_device = True
+        """Whether all plugins at work are of the device kind."""
         self._all: dict[object, Stage[P]] = {}
         self._of: dict[int, list[Stage[P]]] = {}
         self._spent: dict[str, float] = {}  # seconds of stages that are gone
@@ -184,19 +183,24 @@ class Stages(Generic[P]):
         finally:
             self._refresh()
 
-    def commit(self, rows: CommittedRows) -> None:
-        """Tokens were accepted."""
+    def commit_device(self, rows: CommittedRows) -> None:
+        """Tokens were accepted: plugins of the device kind follow them."""
         for stage in self.live:
-            if not stage.follows:
-                continue
-            try:
-                if isinstance(stage.plugin, HostAdapter):
-                    stage.call(stage.plugin.commit_rows, rows.slots, rows.new)
-                    self._fail_branches(stage)
-                else:
+            if stage.follows and not isinstance(stage.plugin, HostAdapter):
+                try:
                     stage.call(stage.plugin.commit, rows.batch(stage))
-            except PluginError as error:
-                self.fail(stage, error)
+                except PluginError as error:
+                    self.fail(stage, error)
+
+    def commit_host(self, slots: Sequence[int], new: Sequence[Sequence[int]]) -> None:
+        """Those of the host kind follow the same tokens: ``new[i]`` in ``slots[i]``."""
+        for stage in self.live:
+            if stage.follows and isinstance(stage.plugin, HostAdapter):
+                try:
+                    stage.call(stage.plugin.commit_rows, slots, new)
+                    self._fail_branches(stage)
+                except PluginError as error:
+                    self.fail(stage, error)
 
     def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """The state of slots ``dst`` becomes that of slots ``src``, all at the same time. All have begun alike."""
@@ -275,3 +279,4 @@ class Stages(Generic[P]):
         for stage in live:
             stage.total = len(stage.members) == len(self._of)
         self.wants_logits = any(stage.wants_logits for stage in live)
+        self.on_device = not any(isinstance(stage.plugin, HostAdapter) for stage in live)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from trtllm_core.decoding.fetching import HostCopy
+from trtllm_core.decoding.fetching import Coming, HostCopy
 from trtllm_core.decoding.host import HostCriterionAdapter
 from trtllm_core.decoding.stages import Scores, Stage, Stages
 from trtllm_core.errors import PluginContractError, PluginError
@@ -41,6 +41,20 @@ class Verdict:
     """What the tokens were chosen from, for the commit; None where no plugin needs it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the device criteria say of a step, on the device."""
+
+    width: int
+    """Most tokens of a row, k."""
+    stages: Sequence[Stage[Criterion]]
+    """The m criteria that were asked."""
+    table: torch.Tensor
+    """int64 ``[n, k + 1 + m]``: a row's tokens, how many of them there are, and where each criterion stops it."""
+    scores: Scores | None = None
+    """What the tokens were chosen from; None where no plugin needs it."""
+
+
 class StoppingRules(Stages[Criterion]):
     """The stopping criteria of a session. The earliest stop of a row wins. At the same token ``length``
     gives way to any other reason, and then the first registered wins."""
@@ -56,26 +70,36 @@ class StoppingRules(Stages[Criterion]):
         self._history = history
         self._fetch = HostCopy(context.device)
 
-    def check(
+    def ask(
         self,
         selection: Selection,
         slot: torch.Tensor,
-        slots: Sequence[int],
         logits: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
-    ) -> Verdict:
-        """Ask all criteria. Pure; this is where the step's tokens come to the host, in one transfer.
+    ) -> Asked:
+        """Ask the device criteria, and send the step's tokens to the host with their answers. Pure, and waits for
+        nothing.
 
         ``logits`` and ``source`` are as in ``CommitBatch``; without ``logits`` no plugin at work needs any, and without
         ``source`` each row's tokens are from the row of the same number.
         """
-        width = selection.tokens.shape[1]
         scores = None if logits is None else _scores(selection, logits, source)
         device = [s for s in self.live if isinstance(s.plugin, DeviceStoppingCriterion)]
         columns = [selection.tokens, selection.counts.unsqueeze(1)]
         for stage in device:
             columns.append(self._ask(stage, selection, slot, scores).unsqueeze(1))
-        table = self._fetch.of(torch.cat(columns, 1))
+        return Asked(selection.tokens.shape[1], device, torch.cat(columns, 1), scores)
+
+    def send(self, asked: Asked) -> Coming:
+        """Start the one transfer of a step that the host waits for."""
+        return self._fetch.start(asked.table)
+
+    def conclude(self, asked: Asked, table: np.ndarray, slots: Sequence[int]) -> Verdict:
+        """Ask the host criteria, too, now that the tokens are here, and decide. Pure.
+
+        ``table`` are rows of ``asked.table``, of ``slots``.
+        """
+        width, device = asked.width, asked.stages
         tokens, wrong = self._known(slots, table[:, :width], table[:, width])
         ends: defaultdict[int, _Ends] = defaultdict(_Ends)  # by row, of the few that end
         for row, column in np.argwhere(table[:, width + 1 :] >= 0).tolist():
@@ -92,7 +116,7 @@ class StoppingRules(Stages[Criterion]):
         for row, end in ends.items():
             self._say_what_matched(slots[row], tokens[row], end)
             stops[row], ends_request[row] = end.stop, end.of_request
-        return Verdict(tokens, stops, ends_request, wrong, scores)
+        return Verdict(tokens, stops, ends_request, wrong, asked.scores)
 
     def _say_what_matched(self, slot: int, new: Sequence[int], end: _Ends) -> None:
         """A device criterion says on the host what it found, once it has stopped a row."""

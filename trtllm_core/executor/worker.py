@@ -252,8 +252,7 @@ class Worker:
             self.requests.append(ticket.stats)
         for name, deltas in news.items():
             waiters += self._handles[name][0].tell(deltas)
-        if turn.stats is not None and self.steps.maxlen:
-            self.steps.append(turn.stats)
+        self.steps += turn.stats
         if waiters:
             wake(waiters)
 

@@ -50,7 +50,8 @@ class KVCache:
         self._room = np.zeros(budget.max_slots, np.int64)
         self._prompts = np.zeros(budget.max_slots, np.int64)
         self._held = np.zeros(budget.max_slots, np.bool_)
-        self._settles = settles(policy)
+        self.settles = settles(policy)
+        """Whether the policy has its say after each step."""
         self._history = history if "tokens" in policy.needs else None
 
     def check(
@@ -169,7 +170,7 @@ class KVCache:
         Raises:
             PluginContractError: what it moves or drops is not there.
         """
-        if not self._settles:
+        if not self.settles:
             return
         self._report(slots)
         scores = self._executable.attention_scores() if self.plan.scores else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +13,19 @@ from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.loop import StepLoop
 from trtllm_core.plugin.observer import RequestStats, StepStats
 from trtllm_core.scheduling.ticket import Ticket, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What a step runs."""
+
+    step: int
+    started: float
+    rows: int
+    tokens: tuple[int, int]
+    """Of prompts, and generated ones."""
+    requests: tuple[int, int]
+    companion_tokens: int
 
 
 class Meter:
@@ -27,6 +42,8 @@ class Meter:
         self._max_active = max_active
         self._wanted = keep or loop.plugins.observes_steps
         self._prompts = np.zeros(loop.session.config.build.max_branches, np.int64)
+        self._steps: deque[_Load] = deque()  # that are under way
+        self._ended = 0.0
         self.preemptions = 0
         """Since the last step that ran."""
 
@@ -35,34 +52,47 @@ class Meter:
         self._prompts[list(live.slots)] = len(live.request.prompt)
 
     def begin(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """A step is going to run ``counts[i]`` tokens of ``slots[i]``."""
-        self._started = time.perf_counter()
+        """A step is going to run ``counts[i]`` tokens of ``slots[i]``. Several may be under way."""
         if not self._wanted:
             return
+        started = time.perf_counter()
         rows, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)
-        self._companions = 0
+        beside_tokens = 0
         if companions := self._loop.branches.companions:
             beside = companions.here[rows]
-            self._companions = int(count[beside].sum())
+            beside_tokens = int(count[beside].sum())
             rows, count = rows[~beside], count[~beside]
         reading = self._loop.cache.cached[rows] < self._prompts[rows]
-        self._rows = len(rows)
-        self._tokens = int(count[reading].sum()), int(count[~reading].sum())
         owners, generating = self._loop.branches.owners, rows[~reading].tolist()
-        self._requests = int(reading.sum()), len({id(owners[slot]) for slot in generating})
+        self._steps.append(
+            _Load(
+                self._loop.steps + 1,
+                started,
+                len(rows),
+                (int(count[reading].sum()), int(count[~reading].sum())),
+                (int(reading.sum()), len({id(owners[slot]) for slot in generating})),
+                beside_tokens,
+            )
+        )
 
-    def end(self, turn: Turn, waiting: int, active: int, paused: int) -> StepStats | None:
-        """It is over, with all that ``turn`` says."""
+    def forget(self) -> None:
+        """Those that are under way bring nothing any more."""
+        self._steps.clear()
+
+    def end(self, turn: Turn, waiting: int, active: int, paused: int) -> list[StepStats]:
+        """The oldest one is over, with all that ``turn`` says: its statistics, where somebody wants them."""
         preemptions, self.preemptions = self.preemptions, 0
         if not self._wanted:
-            return None
-        seconds = time.perf_counter() - self._started
+            return []
+        load, now = self._steps.popleft(), time.perf_counter()
+        # A step that was launched beside the one before it begins when that is over.
+        seconds, self._ended = now - max(load.started, self._ended), now
         usage = self._loop.cache.usage()
         stats = StepStats(
-            step=self._loop.steps,
-            rows=self._rows,
-            context_tokens=self._tokens[0],
-            generation_tokens=self._tokens[1],
+            step=load.step,
+            rows=load.rows,
+            context_tokens=load.tokens[0],
+            generation_tokens=load.tokens[1],
             kv_blocks_free=usage.free,
             seconds=seconds,
             timestamp=time.time(),
@@ -70,19 +100,19 @@ class Meter:
             max_active_requests=self._max_active,
             queued_requests=waiting,
             paused_requests=paused,
-            context_requests=self._requests[0],
-            generation_requests=self._requests[1],
+            context_requests=load.requests[0],
+            generation_requests=load.requests[1],
             new_requests=len(turn.started),
             new_requests_queue_seconds=sum((each.started or 0.0) - each.arrived for each in turn.started),
             completed_requests=len(turn.ended),
             preemptions=preemptions,
             kv_blocks_total=usage.total,
             kv_blocks_cached=usage.cached,
-            companion_tokens=self._companions,
+            companion_tokens=load.companion_tokens,
             tokens_per_block=self._loop.cache.plan.tokens_per_block,
         )
         self._loop.plugins.on_step_end(stats)
-        return stats
+        return [stats]
 
 
 def request_stats(ticket: Ticket) -> RequestStats:

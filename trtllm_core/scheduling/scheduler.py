@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import compress
 
 import numpy as np
 
+from trtllm_core.decoding.flight import Flight
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.plan import Plan
 from trtllm_core.decoding.request import Delta, Request
@@ -75,6 +77,7 @@ class Scheduler:
         self._owner: np.ndarray | None = None  # whose each of the slots is, where some request has several
         self._has_read = False  # the last step ran a prompt
         self._blocked: tuple[Ticket, tuple[int, int]] | None = None  # who found no room, and how much there was
+        self._flights: deque[Flight | None] = deque()  # steps that have not landed; None: one that brings no tokens
         self._turn = Turn()
         self._count = 0
         self._late = 0  # deadlines of requests that are over
@@ -147,21 +150,38 @@ class Scheduler:
         """
         self._expire()
         self._start()
-        slots, counts = self._reserve()
-        if slots:
-            turn, free = self._turn, self._loop.branches.slots.free
-            self._meter.begin(slots, counts)
-            turn.deltas += self._loop.step(slots, counts)
-            if self._silent:
-                self._note_first_tokens()
-            if self._loop.branches.slots.free > free:  # whoever ends gives slots back
-                # A plugin that fails ends those that were put off, too.
-                both = (*self._running, *self._off)
-                for ticket in [each for each in both if each.live is not None and each.live.over]:
-                    self._finish(ticket)
-            turn.stats = self._meter.end(turn, self.waiting, self.active, self.paused)
+        if self._flights and not self._loop.looks_ahead:
+            self._land()
+        launched = self._launch()
+        while len(self._flights) > (launched and self._loop.looks_ahead):
+            self._land()
+        if self._flights and not self._running:
+            self._flights.clear()  # all that it ran have ended: there is nothing to wait for
+            self._meter.forget()
         turn, self._turn = self._turn, Turn()
         return turn
+
+    def _launch(self) -> bool:
+        """Whether there was anything to run. What was launched is the last of the flights."""
+        slots, counts = self._reserve()
+        if slots:
+            self._meter.begin(slots, counts)
+            self._flights.append(self._loop.launch(slots, counts))
+        return bool(slots)
+
+    def _land(self) -> None:
+        """The oldest flight: tell its tokens, and let go who has ended."""
+        turn, flight, free = self._turn, self._flights.popleft(), self._loop.branches.slots.free
+        if flight is not None:
+            turn.deltas += self._loop.land(flight)
+        if self._silent:
+            self._note_first_tokens()
+        if self._loop.branches.slots.free > free:  # whoever ends gives slots back
+            # A plugin that fails ends those that were put off, too.
+            both = (*self._running, *self._off)
+            for ticket in [each for each in both if each.live is not None and each.live.over]:
+                self._finish(ticket)
+        turn.stats += self._meter.end(turn, self.waiting, self.active, self.paused)
 
     def close(self) -> Turn:
         """Cancel all that has not ended, whatever one of them raises, and say what happened."""
@@ -170,6 +190,7 @@ class Scheduler:
                 self.end(ticket, "cancelled")
             for ticket in [*self._running, *self._off]:
                 stack.callback(self._cancel, ticket)
+        self._flights.clear()
         turn, self._turn = self._turn, Turn()
         return turn
 
@@ -262,6 +283,8 @@ class Scheduler:
             try:
                 self._loop.reserve(slots, counts)
             except OutOfBlocksError as error:
+                if self._flights:  # who ends with it gives room back
+                    break
                 if len(self._running) < 2:
                     self._refuse(self._running[0], error)
                 else:
@@ -280,7 +303,10 @@ class Scheduler:
         self._blocked = self._off[0], self._room()
 
     def _lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens known and cached of each slot that runs, and the slots, int64 ``[n]``, in order."""
+        """Tokens known and cached of each slot that runs, and the slots, int64 ``[n]``, in order.
+
+        Known are those, too, that only the device knows yet, but of a row that ends with its.
+        """
         slots = self._slots
         if slots is None:
             lives = [each.live for each in self._running if each.live is not None]
@@ -288,7 +314,11 @@ class Scheduler:
             branching = any(each.plan.branching.max_branches > 1 for each in self._running)
             self._slots = None if branching else slots
             self._owner = np.repeat(np.arange(len(lives)), [len(live.running) for live in lives]) if branching else None
-        return self._loop.branches.slots.lengths[slots], self._loop.cache.cached[slots], slots
+        known, cached = self._loop.branches.slots.lengths[slots], self._loop.cache.cached[slots]
+        if self._flights:
+            longer = known + self._loop.branches.slots.ahead[slots]
+            known = np.where(longer < self._loop.branches.slots.limits[slots], longer, known)
+        return known, cached, slots
 
     def _schedule(self) -> tuple[list[int], list[int]]:
         """The next token of all that generate, then prompts in order, then drafts, cut to the step's budget."""
@@ -298,7 +328,7 @@ class Scheduler:
             return self._share(slots)
         generate = wanted == 1
         if self._owner is not None:
-            apart = self._apart(self._owner, generate)
+            apart = self._apart(self._owner, generate | (wanted == 0))
             generate, wanted = generate & ~apart, wanted - apart
         # By slot, because neighbours may be neighbours in a linear cache.
         first = np.sort(slots[generate])[: self._budget]

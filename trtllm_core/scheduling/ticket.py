@@ -61,8 +61,8 @@ class Turn:
     deltas: list[Delta] = field(default_factory=list)
     started: list[Ticket] = field(default_factory=list)
     ended: list[Ticket] = field(default_factory=list)
-    stats: StepStats | None = None
-    """Where somebody wants them, and the engine ran."""
+    stats: list[StepStats] = field(default_factory=list)
+    """Of the engine's steps that ended, where somebody wants them."""
 
     def __bool__(self) -> bool:
         return bool(self.deltas or self.ended)

@@ -59,7 +59,7 @@ class Floor:
         branch: int = 0,
     ) -> BranchView:
         """A branch starts in a slot; the view is what its plugins are shown."""
-        self.slots.begin(slot, prompt, slot_key(seed, branch))
+        self.slots.begin(slot, prompt, slot_key(seed, branch), self.slots.context.max_seq_len)
         return BranchView(str(seed), branch, slot, tuple(prompt), sampling, end_ids, seed, params)
 
     def history(self, slot: int) -> list[int]:

@@ -89,9 +89,9 @@ def stepwise(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, config: Sampl
     """The output of a request after ``BEFORE``, and what each step chose and where it stopped."""
     assert runner.tokenizer is not None
     rules, told = runner.generation.loop.branches.rules, []
-    check = rules.check
+    conclude = rules.conclude
     with monkeypatch.context() as patch:
-        patch.setattr(rules, "check", lambda *args, **more: told.append(check(*args, **more)) or told[-1])
+        patch.setattr(rules, "conclude", lambda *args: told.append(conclude(*args)) or told[-1])
         (output,) = sequences(runner, config, runner.tokenizer.encode(BEFORE))
     return output, [(tokens, stop) for v in told for tokens, stop in zip(v.tokens, v.stops, strict=True)]
 
