@@ -135,8 +135,10 @@ class Kind:
         return max(self.config.num_return_sequences, self.config.num_beams)
 
 
-def draw_kind(rng: random.Random) -> Kind:
-    name, fate = rng.choice(list(WISHES)), rng.choice(FATES)
+def draw_kind(rng: random.Random, look_ahead: bool) -> Kind:
+    """One of all kinds; of those that let steps look ahead, where that is to be tried."""
+    wishes = [name for name in WISHES if not look_ahead or name not in ("two beams", "drafts")]
+    name, fate = rng.choice(wishes), rng.choice(FATES)
     config = WISHES[name].replace(max_new_tokens=rng.randrange(1, 32), random_seed=rng.randrange(1 << 30))
     shared = [9] * 24 if rng.random() < 0.2 else []
     prompt = shared + [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 48 - len(shared)))]
@@ -144,6 +146,7 @@ def draw_kind(rng: random.Random) -> Kind:
     fails_first = False
     if fate == "fails":
         where, at = rng.choice(["start", "accept", "process", "stop"]), rng.randrange(1, 8)
+        where = "stop" if look_ahead else where
         fails_first = where == "start"
         if where == "stop":
             make = lambda: {"stopping_criteria": FailsToStop()}  # noqa: E731
@@ -151,7 +154,7 @@ def draw_kind(rng: random.Random) -> Kind:
             make = lambda: {"logits_processor": Fails(where, at)}  # noqa: E731
     elif fate == "refused":
         make = lambda: {"logits_processor": Fails("refuses", 0)}  # noqa: E731
-    elif rng.random() < 0.2:
+    elif rng.random() < 0.2 and not look_ahead:
         make = lambda: {"logits_processor": Counts()}  # noqa: E731
     return Kind(name, prompt, config, fate, make, fails_first)
 
@@ -211,11 +214,12 @@ def soak(
     policy: str = "prefix",
     kinds: int = 400,
     device: str = "cpu",
+    look_ahead: bool = False,
 ) -> Soak:
     """Run them, and raise ``AssertionError`` where something is wrong."""
     rng, exact = random.Random(seed), device == "cpu"
     where: dict[str, Any] = {"batch_invariant": True} if exact else {"device": device}
-    drawn = [draw_kind(rng) for _ in range(min(kinds, requests))]
+    drawn = [draw_kind(rng, look_ahead) for _ in range(min(kinds, requests))]
     if exact:
         reference = ModelRunner.from_dir(engine, plugins=plugins, **where)
         for kind in drawn:
@@ -223,7 +227,7 @@ def soak(
                 kind.alone = reference.generate([kind.prompt], kind.config, **kind.plugins())["outputs"]
     tokens = LIMITS.max_branches * LIMITS.max_seq_len // 10
     cache = KVCacheConfig(policy=policy, max_tokens=tokens, options={"admission": "optimistic"})
-    runner = ModelRunner.from_dir(engine, plugins=plugins, kv_cache=cache, **where)
+    runner = ModelRunner.from_dir(engine, plugins=plugins, kv_cache=cache, look_ahead=look_ahead or not exact, **where)
     done, process, started = Soak(), psutil.Process(), time.perf_counter()
     with Executor(runner, ExecutorConfig(max_queue_size=200)) as executor, Coroutines() as coroutines:
         open_: deque[tuple[Kind, RequestHandle, Any]] = deque()
@@ -319,11 +323,21 @@ def main() -> None:
     parser.add_argument("--policy", default="prefix", choices=["paged", "prefix"])
     parser.add_argument("--kinds", type=int, default=1000, help="different requests; each is run alone once")
     parser.add_argument("--device", default="cpu", help="elsewhere than on the CPU, tokens are not compared")
+    parser.add_argument("--look-ahead", action="store_true", help="only requests that let steps look ahead")
     options = parser.parse_args()
     plugins = Plugins.load()
     with tempfile.TemporaryDirectory() as folder:
         engine = build(Path(folder), plugins)
-        done = soak(engine, plugins, options.requests, options.seed, options.policy, options.kinds, options.device)
+        done = soak(
+            engine,
+            plugins,
+            options.requests,
+            options.seed,
+            options.policy,
+            options.kinds,
+            options.device,
+            options.look_ahead,
+        )
     print("\n".join(done.lines()))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
-from trtllm_core.decoding.fetching import HostCopy
+from trtllm_core.decoding.fetching import Coming
 from trtllm_core.decoding.request import Request
 from trtllm_core.plugin import HostLogitsProcessor, HostStoppingCriterion, Stop
 from trtllm_core.testing.checkpoints import write_llama
@@ -79,39 +79,40 @@ def test_tokens_on_the_gpu_equal_those_on_the_cpu(runners, fields):
 )
 def test_a_step_waits_for_its_tokens_and_for_nothing_else(runners, monkeypatch, fields):
     """Steps in which every row decodes, under PyTorch's debug mode, in which any other wait raises."""
-    waits = []
-    fetch = HostCopy.of
+    loop, wait = runners[1].generation.loop, Coming.wait
+    waits, watched, calls = 0, False, dict.fromkeys(("launch", "land"), 0)
 
-    def counted(self, tensor):
-        waits.append(tensor.shape[0])
+    def counted(self):
+        nonlocal waits
+        waits += 1
         torch.cuda.set_sync_debug_mode("default")
         try:
-            return fetch(self, tensor)
+            return wait(self)
         finally:
             torch.cuda.set_sync_debug_mode("error" if watched else "default")
 
-    monkeypatch.setattr(HostCopy, "of", counted)
-    loop = runners[1].generation.loop
-    step, watched, steps = loop.step, False, 0
+    def careful(name, method, slots_of):
+        def call(*args):
+            nonlocal waits, watched
+            lengths = loop.branches.slots.lengths[slots_of(*args)]
+            # Prompts are read in steps of their own, and sequences that end are cleared away.
+            watched, waits = bool(lengths.min() > 30 and lengths.max() < 39), 0
+            torch.cuda.set_sync_debug_mode("error" if watched else "default")
+            try:
+                return method(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                calls[name] += watched
+                assert waits == (name == "land")
+                watched = False
 
-    def careful(slots, counts):
-        nonlocal watched, steps
-        lengths = loop.branches.slots.lengths[slots]
-        # Prompts are read in steps of their own, and sequences that end are cleared away.
-        watched = all(count == 1 for count in counts) and lengths.min() > 30 and lengths.max() < 40
-        torch.cuda.set_sync_debug_mode("error" if watched else "default")
-        waits.clear()
-        try:
-            return step(slots, counts)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            steps += watched
-            assert len(waits) <= 1
-            watched = False
+        return call
 
-    monkeypatch.setattr(loop, "step", careful)
+    monkeypatch.setattr(Coming, "wait", counted)
+    monkeypatch.setattr(loop, "launch", careful("launch", loop.launch, lambda slots, counts: slots))
+    monkeypatch.setattr(loop, "land", careful("land", loop.land, lambda flight: flight.slots))
     runners[1].generate([[1 + i] * 8 for i in range(6)], BASE.replace(max_new_tokens=40, **fields))
-    assert steps >= 5
+    assert min(calls.values()) >= 5
 
 
 @pytest.mark.cuda
