@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_core.backends.torch.backend import TorchBackend
 from trtllm_core.cli import doctor as doctor_module
 from trtllm_core.cli.console import size
 from trtllm_core.cli.memory import parse_size
@@ -135,6 +136,23 @@ def test_explain_knows_searches_and_linear_caches(cli: Callable, tiny_engine: Pa
     assert "beam_search_diversity_rate=0.0" in out.replace("\n", "").replace(" ", "")
     found = json.loads(cli("explain", engine, "--set", "num_beams=3", "--json").stdout)
     assert found["branches"] == {"branches": 1, "max_branches": 3, "max_positions": 1, "returns": 3}
+
+
+def test_explain_asks_the_backend_what_its_engines_give(
+    cli: Callable, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contrastive search needs hidden states; n-gram drafts need several positions."""
+    engine = tmp_path / "engine"
+    shutil.copytree(tiny_engine, engine)
+    build = json.loads((engine / "config.json").read_text())["build"]
+    _change(engine, build={**build, "max_beam_width": 5})
+    search, drafts = ("--decoder", "contrastive_search"), ("--decoder", "ngram", "--json")
+    assert "contrastive_search" in cli("explain", engine, *search).stdout
+    assert json.loads(cli("explain", engine, *drafts).stdout)["positions"] > 1
+    monkeypatch.setattr(TorchBackend, "gives", frozenset())
+    refused = cli("explain", engine, *search, status=2)
+    assert "needs 'hidden_states', which this session cannot give it" in " ".join(refused.output.split())
+    assert "needs 'multi_position'" in " ".join(cli("explain", engine, *drafts, status=2).output.split())
 
 
 def test_explain_shows_drafts_and_who_takes_their_tokens(cli: Callable, tiny_engine: Path) -> None:

@@ -30,6 +30,20 @@ class SaysNothing(TorchBackend):
         return Inspection("")
 
 
+class Hides(TorchBackend):
+    gives = frozenset({"multi_position"})
+
+
+def test_a_backend_that_says_less_than_its_engines_give_is_found() -> None:
+    class Kit(BackendConformance):
+        plugin = Hides
+
+    with pytest.raises(
+        AssertionError, match="give .'hidden_states', 'multi_position'., and it says that .* give .'multi"
+    ):
+        Kit().test_generation()
+
+
 @pytest.mark.parametrize(
     ("backend", "message"),
     [

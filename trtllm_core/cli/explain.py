@@ -30,7 +30,10 @@ def explain(
     from trtllm_core.plugin import Plugins
 
     config, plugins, request = read_config(engine), Plugins.load(), sampling.config()
-    offered = offers((engine / TOKENIZER).is_file(), hidden_states=config.contract == "packed_paged")
+    name = config.backend.name
+    backend = plugins.backends.get(name, plugins.missing_hint("backend", name)).load()()
+    given = {what: what in backend.gives for what in ("multi_position", "hidden_states")}
+    offered = offers((engine / TOKENIZER).is_file(), **given)
     plan = Planner(plugins, offered, config.build).plan(request)
     facts = engine_facts(config, plugins, kv_policy)
     if as_json:

@@ -180,6 +180,10 @@ class Backend(ABC):
     """What they take besides, of ``lora``, ``prompt_tables``, ``quantization`` and, of quantised weights,
     ``zero_points``, ``offsets`` (see ``trtllm_core.config.quantization``) and ``tables``, embeddings that are the head.
     A build that asks for what is not here is refused."""
+    gives: frozenset[str] = frozenset()
+    """What its engines give to plugins, of ``multi_position`` and ``hidden_states`` (see ``Capabilities``).
+
+    ``explain``, which loads no engine, goes by it; a session goes by what the engine says."""
 
     @abstractmethod
     def probe(self) -> Availability:

@@ -111,6 +111,10 @@ def _tokens(plugins: Plugins, checkpoint: Path, directory: Path, backend: str, d
     limits = BuildConfig(backend=backend, dtype=dtype, max_batch_size=4, max_input_len=24, max_seq_len=40)
     build_engine(checkpoint, directory, limits, plugins=plugins)
     with ModelRunner.from_dir(directory, plugins=plugins) as runner:
+        able = runner.session.engine.capabilities
+        given = {what for what in ("multi_position", "hidden_states") if getattr(able, what)}
+        said = plugins.backends.get(backend).load()().gives
+        require(given == said, f"its engines give {sorted(given)}, and it says that they give {sorted(said)}")
         sampling = SamplingConfig(max_new_tokens=12, end_id=(), return_dict=True)
         outputs = runner.generate([list(prompt) for prompt in PROMPTS], sampling)["outputs"]
     return [output.tokens for output in outputs]

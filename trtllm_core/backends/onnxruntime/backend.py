@@ -37,6 +37,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     contract = "padded_linear"
+    gives = frozenset({"multi_position"})
     takes = frozenset({"quantization", "zero_points", "offsets", "tables"})
 
     def probe(self) -> Availability:

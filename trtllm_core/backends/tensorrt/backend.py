@@ -36,6 +36,7 @@ class TensorRTBackend(Backend):
 
     name = "tensorrt"
     contract = "padded_linear"
+    gives = frozenset({"multi_position"})
     takes = frozenset({"quantization"})
 
     def probe(self) -> Availability:
