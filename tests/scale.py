@@ -77,7 +77,10 @@ class IdleLoop:
         self.session = SimpleNamespace(config=SimpleNamespace(build=build))
         self.plugins = SimpleNamespace(observes_steps=False, on_request_end=lambda stats: None)
         self.branches = SimpleNamespace(
-            slots=SimpleNamespace(lengths=np.full(slots, 2), free=slots), verifying=set(), owners={}, companions=()
+            slots=SimpleNamespace(lengths=np.full(slots, 2), ahead=np.zeros(slots, int), free=slots),
+            verifying=set(),
+            owners={},
+            companions=(),
         )
         self.cache = SimpleNamespace(cached=np.full(slots, 1), plan=SimpleNamespace(evicts=False))
         self._free = list(range(slots))

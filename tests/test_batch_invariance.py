@@ -77,9 +77,9 @@ def test_after_giving_its_cache_back(runner, alone, monkeypatch):
         step = next(steps)
         for number, one in enumerate([*self._running]):
             if (step + number) % 5 == 4 and len(self._running) > 1:
-                self._running.remove(one)
+                self._running.leave(one)
                 self._put_off(one)
-        self._blocked = None  # as if something had been given back
+        self._room.forget()  # as if something had been given back
         return reserve(self)
 
     monkeypatch.setattr(Scheduler, "_reserve", disturb)

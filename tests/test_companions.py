@@ -285,10 +285,10 @@ def test_put_off_at_any_time(policy, monkeypatch):
         nonlocal count
         for one in [*self._running]:
             if len(self._running) > 1 and draw.random() < 0.15:
-                self._running.remove(one)
+                self._running.leave(one)
                 self._put_off(one)
                 count += 1
-        self._blocked = None
+        self._room.forget()
         return reserve(self)
 
     monkeypatch.setattr(Scheduler, "_reserve", disturb)

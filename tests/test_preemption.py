@@ -113,10 +113,10 @@ def test_preempted_at_any_time(
     def disturb(self):
         for one in [*self._running]:
             if len(self._running) > 1 and rng.random() < 0.1:
-                self._running.remove(one)
+                self._running.leave(one)
                 self._put_off(one)
         if rng.random() < 0.5:
-            self._blocked = None
+            self._room.forget()
         return reserve(self)
 
     monkeypatch.setattr(Scheduler, "_reserve", disturb)
@@ -242,9 +242,9 @@ def test_a_beam_search_and_drafts(
     def disturb(self):
         for one in [*self._running]:
             if len(self._running) > 1 and rng.random() < 0.2:
-                self._running.remove(one)
+                self._running.leave(one)
                 self._put_off(one)
-        self._blocked = None
+        self._room.forget()
         return reserve(self)
 
     monkeypatch.setattr(Scheduler, "_reserve", disturb)

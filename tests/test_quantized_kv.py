@@ -105,9 +105,9 @@ def test_after_giving_its_cache_back(
         step = next(steps)
         for number, one in enumerate([*self._running]):
             if (step + number) % 5 == 4 and len(self._running) > 1:
-                self._running.remove(one)
+                self._running.leave(one)
                 self._put_off(one)
-        self._blocked = None
+        self._room.forget()
         return reserve(self)
 
     monkeypatch.setattr(Scheduler, "_reserve", disturb)

@@ -425,11 +425,11 @@ def test_branches_of_a_request_run_their_last_tokens_together() -> None:
     live = LiveRequest(request("two"), plan, (0, 1))
     live.running += [Branch(live, 0, 0), Branch(live, 1, 1)]
     ticket = Ticket(live.request, plan, (0.0, 1), 0.0, live=live)
-    scheduler._running.append(ticket)
+    scheduler._running.join(ticket)
     loop.branches.slots.lengths[:2] = 6
     ran = []
     while not ran or max(loop.cache.cached) < 6:
-        slots, counts = scheduler._schedule()
+        slots, counts = scheduler._running.share()
         assert sum(counts) <= 8
         ran.append(dict(zip(slots, counts, strict=True)))
         loop.cache.cached[slots] += counts

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.plan import Plan
 from trtllm_core.decoding.request import Delta, Request
+from trtllm_core.plugin import Hypothesis
 from trtllm_core.plugin.observer import RequestStats, StepStats
 
 
@@ -33,6 +34,13 @@ class Ticket:
     ended: float | None = None
     stats: RequestStats | None = None
     """What there is to say of it, once it is over."""
+
+    def end_in_queue(self, reason: str) -> list[Delta]:
+        """It ends before it has started: it leaves as many sequences as it returns, all of them empty."""
+        numbers = range(self.plan.branching.returns)
+        sequences = tuple(Hypothesis((), reason=reason, branch=n) for n in numbers)
+        self.live = LiveRequest(self.request, self.plan, (), sequences=sequences)
+        return [Delta(self.request.request_id, (), finish_reason=reason, sequence=n) for n in numbers]
 
     def __lt__(self, other: Ticket) -> bool:
         return self.order < other.order
