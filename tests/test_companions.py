@@ -257,6 +257,37 @@ def test_beams_fork_their_companions(runner, preset):
     assert tokens(runner, [prompt, [4]], [ask.replace(num_return_sequences=1), ASK])[0] == beams[0][0]
 
 
+def contrastive(runner: ModelRunner, prompt: Sequence[int], count: int, top_k: int, alpha: float) -> tuple[int, ...]:
+    """By its formula: p is the guided distribution, and states are those of the text itself."""
+    engine, text = runner.session.engine, list(prompt)
+    for _ in range(count):
+        chances = guided(runner, prompt, text[len(prompt) :]).softmax(0)
+        states = engine.states[engine.state_of(torch.tensor(text))]
+        scores = {}
+        for token in chances.argsort(descending=True, stable=True)[:top_k].tolist():
+            state = engine.states[engine.state_of(torch.tensor([*text, token]))[-1]]
+            alike = max(float(torch.cosine_similarity(state, other, dim=0)) for other in states)
+            scores[token] = (1 - alpha) * float(chances[token]) - alpha * alike
+        text.append(max(scores, key=lambda token: scores[token]))
+    return tuple(text[len(prompt) :])
+
+
+@pytest.mark.parametrize("cache", [None, KVCacheConfig(max_tokens=216, options={"admission": "optimistic"})])
+def test_a_contrastive_search_is_guided(cache):
+    """Beside requests of other kinds, and where its candidates find no room."""
+    runner = made(cache, BUILD.replace(max_batch_size=12, max_beam_width=4, max_num_tokens=60))
+    ask = ASK.replace(logits_processors=use("guide"), decoder=use("contrastive_search", top_k=3, penalty_alpha=0.5))
+    given = [[5, 6, 7, 1, 2], [4], [9, 8, 7], [11, 12]]
+    outputs = runner.generate(given, [ask, ASK, ASK.replace(logits_processors=use("guide")), ask])["outputs"]
+    due = [contrastive(runner, given[i], 12, 3, 0.5) for i in (0, 3)]
+    assert [outputs[i].tokens for i in (0, 3)] == due
+    assert due[0] != greedy(runner, given[0])
+    assert outputs[2].tokens == greedy(runner, given[2])
+    assert (sum(one.preemptions for one in outputs) > 0) is (cache is not None)
+    assert runner.generation.loop.branches.slots.free == 48
+    runner.generation.loop.cache.policy.check_integrity()
+
+
 @pytest.mark.parametrize("policy", ["paged", "prefix"])
 def test_they_are_put_off_with_their_owners(policy):
     """A pool that cannot hold all: requests come back and compute their text, and their companions', anew."""

@@ -64,9 +64,9 @@ class StaticBatch:
             beside = processors.setdefault(request.sampling.preset, {})
             plan = self._loop.check(request, beside.values())
             beside.update({item.key: item for item in plan.processors})
-            if ranks > 1 and not plan.greedy and request.sampling.random_seed is None:
+            if ranks > 1 and plan.draws and request.sampling.random_seed is None:
                 raise ConfigError(
-                    f"give random_seed: decoder {plan.decoder.name!r} draws, and {ranks} ranks must draw alike"
+                    f"give random_seed: decoder {plan.decoder.name!r} may draw, and {ranks} ranks must draw alike"
                 )
             plans.append(plan)
         return plans

@@ -59,9 +59,11 @@ class Plan:
     """What runs beside each branch, for processors that ask for it."""
 
     @property
-    def greedy(self) -> bool:
-        """Whether it always takes the largest logit, and draws nothing."""
-        return bool((self.sampler or self.decoder).plugin.capabilities.greedy)  # type: ignore[attr-defined]
+    def draws(self) -> bool:
+        """Whether the tokens that it takes may depend on ``random_seed``."""
+        taker = self.sampler or self.decoder
+        seeded = "random_seed" in self.decoder.consumes | taker.consumes
+        return seeded and not taker.plugin.capabilities.greedy  # type: ignore[attr-defined]
 
     @cached_property
     def ranked(self) -> bool:
