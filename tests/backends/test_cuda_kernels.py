@@ -185,7 +185,7 @@ def test_codes_are_written_and_read(kv: str, device: str) -> None:
     plan = KVPlan(6, 8, 6, KVModel(1, 3, 20, kv, 0))
     made, twin = (KVPool(plan, torch.float32, place).layers[0] for place in (where, CPU))
     assert isinstance(made, QuantizedCache)
-    ours = CudaQuantizedCache(made.data, made.scales, made.code, torch.float32)
+    ours = CudaQuantizedCache(made.data, made.scales, kv, torch.float32)
     entries, values = torch.randperm(48)[:30], torch.randn(30, 6, 20)
     values[3, 2] = 0.0
     values[4, 1, 7] = torch.nan

@@ -152,7 +152,7 @@ class TorchExecutable(Executable):
 
     def _can_record(self, pool: KVPool) -> bool:
         """Whether nothing happens in a CPU's decode step beside what its operations do."""
-        return pool.plan.window is None and pool.scales is None and self._lora is None and self._parallel.size == 1
+        return pool.plan.window is None and self._lora is None and self._parallel.size == 1
 
     def edit_kv(self, edits: Edits) -> None:
         """See ``Executable``."""

@@ -13,8 +13,10 @@ class LayerCache:
     An entry holds a token's keys and then its values, so that both are written, gathered and copied in one go.
     """
 
+    kind: str | None = None
+    """Name in ``CODES``; None: data are numbers."""
     scales: torch.Tensor | None = None
-    """float32 ``[blocks, 2 * kv_heads, tokens_per_block]``: what codes are multiplied with. None: data are numbers."""
+    """float32 ``[blocks, 2 * kv_heads, tokens_per_block]``: what codes are multiplied with."""
 
     def __init__(self, data: torch.Tensor, tokens_per_block: int) -> None:
         self.data = data
@@ -89,16 +91,17 @@ class QuantizedCache(LayerCache):
     Args:
         data: codes.
         scales: see ``LayerCache``; of the same blocks.
-        code: of ``data``.
+        kind: of codes.
         dtype: of what is read.
     """
 
     scales: torch.Tensor
 
-    def __init__(self, data: torch.Tensor, scales: torch.Tensor, code: Code, dtype: torch.dtype) -> None:
+    def __init__(self, data: torch.Tensor, scales: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
         super().__init__(data, scales.shape[-1])
         self.scales = scales
-        self.code = code
+        self.kind = kind
+        self.code = CODES[kind]
         self.dtype = dtype
         self._bytes = data.view(torch.uint8)  # PyTorch copies and gathers no fp8
 

@@ -35,13 +35,13 @@ class KVPool:
             return
         shape = model.num_layers, plan.num_blocks, heads, plan.tokens_per_block
         self.scales = torch.zeros(shape, dtype=torch.float32, device=device)
-        kind = QuantizedCache
+        cache = QuantizedCache
         if unsupported(device) is None:
             from trtllm_core.backends.torch.cuda.cache import CudaQuantizedCache
 
-            kind = CudaQuantizedCache
+            cache = CudaQuantizedCache
         parts = zip(self.storage.view(code.dtype), self.scales, strict=True)
-        self.layers = tuple(kind(data, scales, code, dtype) for data, scales in parts)
+        self.layers = tuple(cache(data, scales, model.dtype, dtype) for data, scales in parts)
 
     @property
     def bytes(self) -> int:

@@ -33,7 +33,7 @@ class DecodeAttention:
 
     def context(self, batch: PackedBatch, pool: KVPool, positions: torch.Tensor) -> PagedContext:
         """The context of one call."""
-        if pool.plan.window is None and pool.scales is None and batch.single.all():
+        if pool.plan.window is None and batch.single.all():
             return DecodeContext(batch, pool, positions, self)
         return PagedContext(batch, pool, positions)
 
@@ -64,7 +64,7 @@ class DecodeContext(PagedContext):
         if heads is None:
             return super().attend(layer, qkv)
         work = self._entries * layer.num_heads * layer.head_size
-        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index].data, work)
+        return self._attention.kernels.attend(self._rows, heads, qkv, self.pool.layers[layer.index], work)
 
 
 def _can(layer: Attention, dtype: torch.dtype) -> bool:

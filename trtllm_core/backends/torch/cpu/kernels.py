@@ -27,6 +27,7 @@ from trtllm_core.backends.torch.cpu.operations import (
     Rows,
 )
 from trtllm_core.backends.torch.cpu.program import Program
+from trtllm_core.backends.torch.layer_cache import CODES, LayerCache
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -52,7 +53,9 @@ class Kernels:
             assert found is not None
             return found
 
-        self._rms_norm, self._silu_gate, self._attend = address("rms_norm"), address("silu_gate"), address("attend")
+        self._rms_norm, self._silu_gate = address("rms_norm"), address("silu_gate")
+        self._attend: dict[str | None, int] = {kind: address(f"attend_{kind}") for kind in CODES}
+        self._attend[None] = address("attend")
         self._linear, self._lookup, self._dequantize = address("linear"), address("lookup"), address("dequantize")
         self._copy = ctypes.cast(lib["copy_rows"], POINTER).value or 0
         self._run = lib["run"]
@@ -88,16 +91,18 @@ class Kernels:
         self._fusable(self._silu_gate, Gate(x.data_ptr(), out.data_ptr(), x.numel() // (2 * size), size), x, out, (x,))
         return out
 
-    def attend(self, rows: Rows, heads: Heads, qkv: torch.Tensor, cache: torch.Tensor, work: int = 0) -> torch.Tensor:
+    def attend(self, rows: Rows, heads: Heads, qkv: torch.Tensor, cache: LayerCache, work: int = 0) -> torch.Tensor:
         """One query a row over its own cache, after its key and value are written there.
 
-        ``qkv [rows, heads + 2 * kv_heads, head_size]``, not rotated; ``cache [entries, 2 * kv_heads, head_size]``.
-        Returns ``[rows, heads * head_size]``. ``work``: about how many elements of keys it looks at.
+        ``qkv [rows, heads + 2 * kv_heads, head_size]``, not rotated. Returns ``[rows, heads * head_size]``. ``work``:
+        about how many elements of keys it looks at.
         """
         qkv = qkv.contiguous()
         out = qkv.new_empty(qkv.shape[0], heads.heads * heads.head_size)
-        arguments = Attend(ctypes.addressof(rows), heads, qkv.data_ptr(), cache.data_ptr(), out.data_ptr())
-        self._do(self._attend, arguments, work, (qkv,), (qkv, cache, out, rows))
+        scales = None if cache.scales is None else cache.scales.data_ptr()
+        where = qkv.data_ptr(), cache.data.data_ptr(), scales, out.data_ptr()
+        arguments = Attend(ctypes.addressof(rows), heads, *where)
+        self._do(self._attend[cache.kind], arguments, work, (qkv,), (qkv, cache, out, rows))
         return out
 
     def linear(

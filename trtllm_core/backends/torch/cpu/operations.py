@@ -115,7 +115,14 @@ class Heads(ctypes.Structure):
 class Attend(ctypes.Structure):
     """``attention.h``."""
 
-    _fields_ = (("rows", POINTER), ("layer", Heads), ("qkv", POINTER), ("cache", POINTER), ("out", POINTER))
+    _fields_ = (
+        ("rows", POINTER),
+        ("layer", Heads),
+        ("qkv", POINTER),
+        ("cache", POINTER),
+        ("scales", POINTER),
+        ("out", POINTER),
+    )
 
 
 class Operation(ctypes.Structure):

@@ -32,7 +32,7 @@ class RecordedContext:
         heads = self._attention.heads(layer)
         if heads is None:
             raise NotRecordableError("attention that has no kernel")
-        return self._attention.kernels.attend(self._rows, heads, qkv, self._pool.layers[layer.index].data)
+        return self._attention.kernels.attend(self._rows, heads, qkv, self._pool.layers[layer.index])
 
 
 class DecodeProgram:

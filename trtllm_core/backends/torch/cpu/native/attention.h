@@ -25,7 +25,8 @@ extern "C" struct Attend {
   const Rows* rows;
   Heads layer;
   const void* qkv;  // [rows, heads + 2 * kv_heads, head_size]
-  void* cache;      // [entries, 2 * kv_heads, head_size]
+  void* cache;      // [entries, 2 * kv_heads, head_size]: numbers or codes
+  float* scales;    // of codes: [blocks, 2 * kv_heads, block_size]
   void* out;        // [rows, heads, head_size]
 };
 
@@ -48,6 +49,33 @@ inline void rotated(const T* x, const Heads& layer, int64_t position, float fact
   for (int64_t i = dim; i < size; ++i) out[i] = load(x[i]) * factor;
 }
 
+// Largest code of a type; 0: it holds numbers.
+template <typename C>
+constexpr float LARGEST = 0.0f;
+template <>
+constexpr float LARGEST<int8_t> = 127.0f;
+template <>
+constexpr float LARGEST<fp8> = 448.0f;
+
+// One head of a key, or of a value, as a cache keeps it. Returns what codes are multiplied with; see layer_cache.py.
+template <typename C>
+inline float keep(const float* from, int64_t size, C* to) {
+  if (LARGEST<C> == 0.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) store(to[i], from[i]);
+    return 1.0f;
+  }
+  float most = 1e-30f;
+  bool unknown = false;  // a maximum passes NaN over
+  for (int64_t i = 0; i < size; ++i) {
+    most = std::max(most, std::fabs(from[i]));
+    unknown |= from[i] != from[i];
+  }
+  const float scale = most / LARGEST<C>;
+  for (int64_t i = 0; i < size; ++i) store(to[i], unknown ? 0.0f : from[i] / scale);
+  return unknown ? NAN : scale;
+}
+
 inline void softmax(float* scores, int64_t count) {
   float most = scores[0], total = 0;
 #pragma omp simd reduction(max : most)
@@ -64,38 +92,48 @@ inline void softmax(float* scores, int64_t count) {
 
 // Some query heads of one row that see the same keys, which are read once for all of them. Whoever has the first head
 // of the group writes the row's new entry; the others see the same numbers without it.
-template <typename T, int64_t SIZE>
+template <typename T, typename C, int64_t SIZE>
 void attend_heads(const Attend& of, int64_t row, int64_t begin, int64_t end) {
   const Rows& rows = *of.rows;
   const Heads& layer = of.layer;
   const int64_t size = SIZE ? SIZE : layer.head_size, group = layer.heads / layer.kv_heads, head = begin / group;
-  const int64_t entry_size = 2 * layer.kv_heads * size, length = rows.lengths[row], count = end - begin;
+  const int64_t kept = 2 * layer.kv_heads, value_head = layer.kv_heads + head;
+  const int64_t length = rows.lengths[row], count = end - begin;
   const int64_t first = layer.window && layer.window < length ? length - layer.window : 0, seen = length - first;
   const T* token = static_cast<const T*>(of.qkv) + row * (layer.heads + 2 * layer.kv_heads) * size;
-  const T* value_now = token + (layer.heads + layer.kv_heads + head) * size;
   thread_local std::vector<float> buffer;
   buffer.resize(count * (2 * size + seen));
   float *queries = buffer.data(), *sums = queries + count * size, *scores = sums + count * size;
 
   const int32_t* table = rows.tables + row * rows.table_stride;
-  auto entry = [&](int64_t t) {
+  auto entry = [&](int64_t t, int64_t of_head) {
     const int64_t block = table[t / rows.block_size];
-    return static_cast<T*>(of.cache) + (block * rows.block_size + t % rows.block_size) * entry_size;
+    return static_cast<C*>(of.cache) + ((block * rows.block_size + t % rows.block_size) * kept + of_head) * size;
   };
+  auto scale = [&](int64_t t, int64_t of_head) -> float& {
+    return of.scales[(table[t / rows.block_size] * kept + of_head) * rows.block_size + t % rows.block_size];
+  };
+  constexpr bool CODED = LARGEST<C> != 0.0f;
   float wide[MOST];
-  T key_now[MOST];
+  C key_now[MOST], value_now[MOST];
   rotated(token + (layer.heads + head) * size, layer, rows.positions[row], 1.0f, wide);
-  for (int64_t i = 0; i < size; ++i) store(key_now[i], wide[i]);
+  const float key_scale = keep(wide, size, key_now);
+  for (int64_t i = 0; i < size; ++i) wide[i] = load(token[(layer.heads + value_head) * size + i]);
+  const float value_scale = keep(wide, size, value_now);
   if (begin % group == 0) {
-    T* written = entry(length - 1);
-    std::copy_n(key_now, size, written + head * size);
-    std::copy_n(value_now, size, written + (layer.kv_heads + head) * size);
+    std::copy_n(key_now, size, entry(length - 1, head));
+    std::copy_n(value_now, size, entry(length - 1, value_head));
+    if (CODED) {
+      scale(length - 1, head) = key_scale;
+      scale(length - 1, value_head) = value_scale;
+    }
   }
   for (int64_t q = 0; q < count; ++q)
     rotated(token + (begin + q) * size, layer, rows.positions[row], layer.scale, queries + q * size);
 
   for (int64_t t = first; t < length; ++t) {
-    const T* key = t == length - 1 ? key_now : entry(t) + head * size;
+    const C* key = t == length - 1 ? key_now : entry(t, head);
+    const float unit = t == length - 1 || !CODED ? key_scale : scale(t, head);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) wide[i] = load(key[i]);
     for (int64_t q = 0; q < count; ++q) {
@@ -103,17 +141,18 @@ void attend_heads(const Attend& of, int64_t row, int64_t begin, int64_t end) {
       const float* query = queries + q * size;
 #pragma omp simd reduction(+ : score)
       for (int64_t i = 0; i < size; ++i) score += query[i] * wide[i];
-      scores[q * seen + t - first] = score;
+      scores[q * seen + t - first] = score * unit;
     }
   }
   for (int64_t q = 0; q < count; ++q) softmax(scores + q * seen, seen);
   std::fill_n(sums, count * size, 0.0f);
   for (int64_t t = first; t < length; ++t) {
-    const T* value = t == length - 1 ? value_now : entry(t) + (layer.kv_heads + head) * size;
+    const C* value = t == length - 1 ? value_now : entry(t, value_head);
+    const float unit = t == length - 1 || !CODED ? value_scale : scale(t, value_head);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) wide[i] = load(value[i]);
     for (int64_t q = 0; q < count; ++q) {
-      const float weight = scores[q * seen + t - first];
+      const float weight = scores[q * seen + t - first] * unit;
       float* sum = sums + q * size;
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) sum[i] += weight * wide[i];
@@ -124,13 +163,13 @@ void attend_heads(const Attend& of, int64_t row, int64_t begin, int64_t end) {
 }
 
 // Query heads of all rows are shared out evenly, in order: a thread's lie in as few groups as can be.
-template <typename T>
+template <typename T, typename C = T>
 void attend(const void* arguments, Team team) {
   const Attend& of = *static_cast<const Attend*>(arguments);
   const int64_t heads = of.layer.heads, group = heads / of.layer.kv_heads;
-  auto some = of.layer.head_size == 64    ? attend_heads<T, 64>
-              : of.layer.head_size == 128 ? attend_heads<T, 128>
-                                          : attend_heads<T, 0>;
+  auto some = of.layer.head_size == 64    ? attend_heads<T, C, 64>
+              : of.layer.head_size == 128 ? attend_heads<T, C, 128>
+                                          : attend_heads<T, C, 0>;
   const auto [begin, end] = team.share(of.rows->rows * heads);
   for (int64_t at = begin; at < end;) {
     const int64_t stop = std::min(end, (at / group + 1) * group), row = at / heads;

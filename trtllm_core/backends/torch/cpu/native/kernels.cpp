@@ -39,6 +39,8 @@ extern "C" void copy_rows(const void* arguments, Team team) { copied(arguments, 
   extern "C" void rms_norm_##NAME(const void* arguments, Team team) { rms_norm<T>(arguments, team); }     \
   extern "C" void silu_gate_##NAME(const void* arguments, Team team) { silu_gate<T>(arguments, team); }   \
   extern "C" void attend_##NAME(const void* arguments, Team team) { attend<T>(arguments, team); }         \
+  extern "C" void attend_int8_##NAME(const void* arguments, Team team) { attend<T, int8_t>(arguments, team); } \
+  extern "C" void attend_fp8_##NAME(const void* arguments, Team team) { attend<T, fp8>(arguments, team); } \
   extern "C" void linear_##NAME(const void* arguments, Team team) { linear<T>(arguments, team); }         \
   extern "C" void lookup_##NAME(const void* arguments, Team team) { lookup<T>(arguments, team); }         \
   extern "C" void dequantize_##NAME(const void* arguments, Team team) { dequantize<T>(arguments, team); }

@@ -21,6 +21,10 @@ struct float16 {
   uint16_t bits;
 };
 
+struct fp8 {
+  uint8_t bits;  // e4m3: sign, four bits of exponent, three of mantissa; no infinity
+};
+
 template <typename To, typename From>
 inline To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -41,6 +45,15 @@ inline float load(float16 value) {
   return bits_of<float>(bits_of<uint32_t>(rest < 0x0f800000u ? number : INFINITY) | sign);
 }
 
+inline float load(int8_t value) { return value; }
+
+inline float load(fp8 value) {
+  const uint32_t magnitude = value.bits & 0x7f;
+  const float normal = bits_of<float>((magnitude << 20) + (120u << 23));
+  const float number = magnitude < 8 ? magnitude * (1.0f / 512) : normal;
+  return value.bits & 0x80 ? -number : number;
+}
+
 inline void store(float& to, float value) { to = value; }
 
 // To the nearest, ties to even. NaN stays one.
@@ -48,6 +61,17 @@ inline void store(bfloat16& to, float value) {
   const uint32_t bits = bits_of<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+// To the nearest, ties to even, of at most 127.
+inline void store(int8_t& to, float value) { to = static_cast<int8_t>(std::nearbyint(value)); }
+
+// To the nearest, ties to even, of at most 448.
+inline void store(fp8& to, float value) {
+  const uint32_t bits = bits_of<uint32_t>(value), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
+  const uint32_t small = static_cast<uint32_t>(std::nearbyint(std::fabs(value) * 512.0f));
+  to.bits = static_cast<uint8_t>((bits >> 24 & 0x80) | (std::fabs(value) < 1.0f / 64 ? small : std::min(normal, 0x7eu)));
 }
 
 // e^x for x <= 88 within 2 ulp; what is below -87 is as good as 0. The library's function does one element at a time.
