@@ -10,7 +10,7 @@ from trtllm_core.errors import ConfigError, listing
 if TYPE_CHECKING:
     import torch
 
-    from trtllm_core.config import BuildConfig
+    from trtllm_core.config import BuildConfig, KVCacheConfig
     from trtllm_core.runner import ModelRunner
 
 _OPTIONS = frozenset({"batch_invariant", "native", "cuda_graphs"})
@@ -21,7 +21,9 @@ _STEP = 0.004
 """What a code of a quantised weight is worth: about as much spread, of 4 bits."""
 
 
-def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0, **options: Any) -> ModelRunner:
+def random_runner(
+    shape: str, build: BuildConfig, device: str, seed: int = 0, kv_cache: KVCacheConfig | None = None, **options: Any
+) -> ModelRunner:
     """A runner over random weights. Nothing touches the disk, and on CUDA nothing but one step's inputs the host.
 
     Matrices are drawn, norms are 1 and biases 0. The same seed gives the same weights on the same kind of device.
@@ -54,7 +56,7 @@ def random_runner(shape: str, build: BuildConfig, device: str, seed: int = 0, **
     module = meta_module(config, family, rank)
     tensors = {name: _weight(name, one, random) for name, one in module.named_parameters()}
     engine = backend.assemble(tensors, config, family, place, rank, **options)
-    return ModelRunner.from_engine(engine, plugins=plugins)
+    return ModelRunner.from_engine(engine, plugins=plugins, kv_cache=kv_cache)
 
 
 def _weight(name: str, parameter: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -17,8 +17,21 @@ from trtllm_core.nn import Attention
 PROGRAMS = 132
 """Programs that a launch should have, one for each multiprocessor of an H100: caches are split until there are."""
 MOST_SPLITS = 32
-TILE = 64
-"""Entries that a program looks at together, of heads of up to 128 elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a program goes through its part of a cache."""
+
+    tile: int
+    """Entries that it looks at together, of heads of up to 128 elements."""
+    warps: int
+    stages: int
+    """Tiles that are on their way."""
+
+
+NUMBERS, CODES = Launch(64, 4, 3), Launch(64, 4, 3)
+"""Of caches of numbers and of codes, as measured on an H200."""
 _NONE = tl.constexpr(-1e30)  # a score that counts for nothing; -inf less itself would be NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -41,7 +54,7 @@ class DecodeRows:
 
 def splits_for(rows: int, kv_heads: int, longest: int) -> int:
     """Parts that each cache is split into: a number that a launch of ``rows`` is captured with."""
-    parts, most = 1, min(MOST_SPLITS, -(-longest // TILE))
+    parts, most = 1, min(MOST_SPLITS, -(-longest // NUMBERS.tile))
     while parts < most and rows * kv_heads * parts < PROGRAMS:
         parts *= 2
     return parts
@@ -78,6 +91,7 @@ def decode_attention(
     rotary = None if layer.rotary is None or rotated else layer.rotary.table
     slopes = None if layer.alibi is None else layer.alibi.table
     padded = max(16, up(size))
+    launch = NUMBERS if cache.scales is None else CODES
     options = launch_options(qkv.device)
     _attend[(count, kv_heads, splits)](
         qkv,
@@ -101,14 +115,15 @@ def decode_attention(
         PADDED=padded,
         ROTARY=0 if layer.rotary is None or rotated else layer.rotary.dim,
         BLOCK=tokens_per_block,
-        TILE=TILE if padded <= 128 else TILE // 2,
+        TILE=launch.tile if padded <= 128 else launch.tile // 2,
+        STAGES=launch.stages,
         SPLITS=splits,
         CAPPED=layer.softcap is not None,
         BIASED=slopes is not None,
         WINDOWED=layer.sliding_window is not None,
         EXACT=qkv.dtype == torch.float32,
         LARGEST=largest_of(cache),
-        num_warps=4,
+        num_warps=launch.warps,
         **options,
     )
     if splits > 1:
@@ -156,6 +171,7 @@ def _attend(
     ROTARY: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     CAPPED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -216,28 +232,29 @@ def _attend(
         v_new = tl.load(own + ((GROUP + 1) * KV_HEADS + kv_head) * SIZE + element, mask=inside, other=0.0)
         block = tl.load(tables_ptr + row * width + past // BLOCK).to(tl.int64)
         place = cache_ptr + (block * BLOCK + past % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE + element
+        k_own, v_own = k_new.to(tl.float32), v_new.to(tl.float32)
         if LARGEST > 0:
-            codes, k_scale = encoded(k_new.to(tl.float32)[None, :], LARGEST, cache_ptr.dtype.element_ty)
-            at = (block * (2 * KV_HEADS) + kv_head) * BLOCK + past % BLOCK + tl.arange(0, 1)
-            tl.store(place[None, :], codes, mask=inside[None, :])
-            tl.store(scales_ptr + at, k_scale)
-            k_new = tl.reshape(codes.to(tl.float32) * k_scale[:, None], (PADDED,))
-            codes, v_scale = encoded(v_new.to(tl.float32)[None, :], LARGEST, cache_ptr.dtype.element_ty)
-            tl.store(place[None, :] + KV_HEADS * SIZE, codes, mask=inside[None, :])
-            tl.store(scales_ptr + at + KV_HEADS * BLOCK, v_scale)
-            v_new = tl.reshape(codes.to(tl.float32) * v_scale[:, None], (PADDED,))
+            k_codes, k_unit = encoded(k_own[None, :], LARGEST, cache_ptr.dtype.element_ty)
+            v_codes, v_unit = encoded(v_own[None, :], LARGEST, cache_ptr.dtype.element_ty)
+            units = scales_ptr + (block * (2 * KV_HEADS) + kv_head) * BLOCK + past % BLOCK + tl.arange(0, 1)
+            tl.store(place[None, :], k_codes, mask=inside[None, :])
+            tl.store(place[None, :] + KV_HEADS * SIZE, v_codes, mask=inside[None, :])
+            tl.store(units, k_unit)
+            tl.store(units + KV_HEADS * BLOCK, v_unit)
+            k_own = tl.reshape(k_codes.to(tl.float32) * k_unit[:, None], (PADDED,))
+            v_own = tl.reshape(v_codes.to(tl.float32) * v_unit[:, None], (PADDED,))
         else:
             tl.store(place, k_new, mask=inside)
             tl.store(place + KV_HEADS * SIZE, v_new, mask=inside)
-        dots = (tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * unit)[:, None]
+        dots = (tl.sum(q.to(tl.float32) * k_own[None, :], 1) * unit)[:, None]
         top = tl.reshape(_scored(dots, past, past, scale, softcap, slope, CAPPED, BIASED), (GROUP_PADDED,))
         total += 1.0
-        mean += v_new.to(tl.float32)[None, :]
+        mean += v_own[None, :]
     first = 0
     if WINDOWED:
         first = tl.maximum(past - window + 1, 0) // TILE
     tile = tl.arange(0, TILE)
-    for number in tl.range(first + split, (past + TILE - 1) // TILE, SPLITS, num_stages=3):
+    for number in tl.range(first + split, (past + TILE - 1) // TILE, SPLITS, num_stages=STAGES):
         entry = number * TILE + tile
         held = entry < past
         if BLOCK % TILE == 0:
