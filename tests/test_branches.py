@@ -231,7 +231,7 @@ def make(plugins, policy="paged", beams=4, batch=2) -> ModelRunner:
     made = ModelRunner.from_engine(
         MarkovExecutable(build=build), plugins=plugins, kv_cache=KVCacheConfig(policy=policy)
     )
-    made.generation.loop.branches._token_bytes = TokenBytes([b"%d " % i for i in range(97)])
+    made.generation.loop.branches.token_bytes = TokenBytes([b"%d " % i for i in range(97)])
     return made
 
 

@@ -186,7 +186,7 @@ def test_an_interrupt_in_begin_gives_slot_and_blocks_back(runner):
 
 
 def test_text_that_is_held_back_by_a_broken_criterion(runner):
-    runner.generation.loop.branches._token_bytes = TokenBytes([bytes([i]) for i in range(97)])
+    runner.generation.loop.branches.token_bytes = TokenBytes([bytes([i]) for i in range(97)])
     deltas = list(runner.generate([[5]], GOOD, streaming=True, text=True, stopping_criteria=PendingRaises()))
     assert [delta.finish_reason for delta in deltas] == ["plugin_error"]
     assert "'PendingRaises' raised ValueError: pending" in str(deltas[0].error)

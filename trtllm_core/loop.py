@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from trtllm_core.decoding.admitting import admit, put_off, take_up
+from trtllm_core.decoding.beginning import born
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.committing import commit, take_failures
+from trtllm_core.decoding.ending import end
 from trtllm_core.decoding.flight import Ahead, Flight
 from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.decoding.looking import Looks
@@ -166,7 +168,7 @@ class StepLoop:
     @torch.inference_mode()
     def end(self, live: LiveRequest, reason: str) -> list[Delta]:
         """End a request around its branches: they stay as they are, with ``reason``."""
-        deltas = self.branches.end(live, reason)
+        deltas = end(self.branches, live, reason)
         self._release()
         return deltas
 
@@ -186,7 +188,7 @@ class StepLoop:
         beside = None
         if branches.companions:
             slots, logits, drafts, beside = branches.companions.parted(slots, logits, drafts)
-        if branches.unborn and (parents := branches.born(slots, self.cache, beside)):
+        if branches.unborn and (parents := born(branches, slots, self.cache, beside)):
             logits, drafts = with_copies(logits, drafts, parents)
         at = self._positions(slots, drafts)
         branches.gathering.note(at.slots_by_position, logits)

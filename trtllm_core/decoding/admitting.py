@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trtllm_core.decoding.beginning import begin
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.gathering import PromptScores
 from trtllm_core.decoding.live import LiveRequest
@@ -46,7 +47,7 @@ def admit(table: BranchTable, request: Request, cache: KVCache, plan: Plan | Non
             scores = PromptScores.of(request, context.vocab_size, context.vocab_size_padded)
             most = min(len(request.prompt) + sampling.max_new_tokens, context.max_seq_len)
             live = LiveRequest(request, plan, slots[:count], most, scores, hits[0], companions)
-            table.begin(live)
+            begin(table, live)
     except BaseException:
         _give_back(table, slots, admitted, cache)
         raise

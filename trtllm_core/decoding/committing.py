@@ -8,6 +8,7 @@ import numpy as np
 
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.choice import Found, Outcome
+from trtllm_core.decoding.ending import end, leave
 from trtllm_core.decoding.flight import Ahead
 from trtllm_core.decoding.live import Branch, LiveRequest
 from trtllm_core.decoding.request import Delta
@@ -216,7 +217,7 @@ def _tell(
         if reason is not None:
             told.add(slot)
             if reason != FAILED:
-                table.leave(branch, reason, stop)
+                leave(table, branch, reason, stop)
                 if not live.running:
                     ended[live] = None
     for found in outcome.found:
@@ -225,5 +226,5 @@ def _tell(
         if branch.owner not in ended and branch.number < branch.owner.plan.branching.returns:
             deltas.append(show(branch, tokens, text))
     for live in ended:
-        deltas += table.end(live, reasons.get(live), told)
+        deltas += end(table, live, reasons.get(live), told)
     return deltas
