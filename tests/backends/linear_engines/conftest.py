@@ -39,18 +39,20 @@ MakeGraph = Callable[..., Graph]
 
 @pytest.fixture(scope="session")
 def make_graph(tmp_path_factory: pytest.TempPathFactory) -> MakeGraph:
-    """``make_graph(kind, dtype, checkpoint)``: made once each; without a checkpoint of a tiny LLaMA."""
+    """``make_graph(kind, dtype, checkpoint, ...)``: made once each; without a checkpoint of a tiny LLaMA."""
     plugins, made = Plugins.load(), {}
 
-    def make(kind: AttentionKind = "lower_right", dtype: str = "float16", checkpoint: Path | None = None) -> Graph:
-        key = (kind, dtype, checkpoint)
+    def make(
+        kind: AttentionKind = "lower_right", dtype: str = "float16", checkpoint: Path | None = None, **form_options: Any
+    ) -> Graph:
+        key = (kind, dtype, checkpoint, *form_options.items())
         if key not in made:
             directory = tmp_path_factory.mktemp("graph")
             source = open_checkpoint(checkpoint or write_llama(directory / "hf"))
             config, family, _ = plan_engine(source, LIMITS.replace(dtype=dtype, backend="tensorrt"), plugins)
             weights = check_weight_map(family, config.model, source)
             parts = rank_weights(weights, config.model, source, TensorParallel())
-            file, form = directory / "rank0.safetensors", GraphOptions("tensorrt", kind)
+            file, form = directory / "rank0.safetensors", GraphOptions("tensorrt", kind, **form_options)
             path, found = write_weights_and_graph(config, family, parts, file, form)
             proto = onnx.load(path, load_external_data=False)
             made[key] = Graph(config, found, proto, path)

@@ -10,6 +10,7 @@ from torch import nn
 
 from trtllm_core.backends.linear import ops
 from trtllm_core.backends.linear.grouped import grouped_attention
+from trtllm_core.backends.linear.watching import watching
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding
 
 UNSEEN = -1e4
@@ -149,10 +150,12 @@ def _suits_grouped(layer: Attention) -> bool:
 class LinearModule(nn.Module):
     """A family's module with the tensors of the padded, linear contract as its inputs and outputs."""
 
-    def __init__(self, module: nn.Module, kind: AttentionKind) -> None:
+    def __init__(self, module: nn.Module, kind: AttentionKind, watched: Sequence[str] = ()) -> None:
         super().__init__()
         self.module: Any = module
         self.kind: AttentionKind = kind
+        self.watched = tuple(watched)
+        """Modules inside whose outputs are outputs too."""
 
     def forward(
         self,
@@ -162,12 +165,15 @@ class LinearModule(nn.Module):
         past: list[torch.Tensor],
         cache_entries: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Logits, float32 ``[batch, n, vocab]`` at ``logit_indices`` (int64 ``[batch, n]``), and the updated caches.
+        """Logits, float32 ``[batch, n, vocab]`` at ``logit_indices`` (int64 ``[batch, n]``), the updated caches, and
+        what the watched modules gave.
 
         Of ``cache_entries`` (``[entries]``) only the length counts, see ``LinearContext``; None: all of the caches.
         """
         entries = past[0].shape[2] if cache_entries is None else cache_entries.shape[0]
         context = LinearContext(input_ids, write_indices, entries, past, self.kind)
-        hidden = self.module(input_ids, context)
-        hidden = hidden.gather(1, logit_indices.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
-        return self.module.logits(hidden).float(), *context.caches
+        with watching(self.module, self.watched) as found:
+            hidden = self.module(input_ids, context)
+            hidden = hidden.gather(1, logit_indices.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+            logits = self.module.logits(hidden).float()
+        return logits, *context.caches, *(found[name] for name in self.watched)

@@ -28,6 +28,8 @@ class LinearExecutable(Executable):
         self.capabilities = Capabilities("padded_linear", dtypes, multi_position=True)
         self.past, self.present = cache_names(layers, "past"), cache_names(layers, "present")
         self._caches: torch.Tensor | None = None
+        self.watched: dict[str, torch.Tensor] = {}
+        """While ``debugging``, what the modules gave in the last run that the build named: ``[rows, tokens, …]``."""
         self._rows: tuple[int, int] | None = None
         """First row and last but one of the run before; ``_ran`` has its caches and its longest row."""
         self._ran: tuple[Sequence[torch.Tensor], int] = (), 0
@@ -101,9 +103,13 @@ class LinearExecutable(Executable):
         self.launch(feed, longest, caches, outputs["logits"], stream)
 
     def debug_tensors(self) -> Mapping[str, torch.Tensor]:
-        """See ``Executable``: each layer's caches, ``[rows, kv_heads, entries, head_size]``, as the run left them."""
+        """See ``Executable``: each layer's caches, ``[rows, kv_heads, entries, head_size]``, as the run left them.
+
+        And what the engine was built to give besides, ``[rows, tokens, …]``: see the option ``debug_tensors``.
+        """
         caches, longest = self._ran
-        return {name: cache[:, :, :longest] for name, cache in zip(self.present, caches, strict=True)}
+        kept = {name: cache[:, :, :longest] for name, cache in zip(self.present, caches, strict=True)}
+        return {**kept, **self.watched}
 
     @property
     def _capacity(self) -> int:

@@ -19,6 +19,7 @@ from trtllm_core.backends.linear.contract import cache_names
 from trtllm_core.backends.linear.grouped import fuse_residuals
 from trtllm_core.backends.linear.ops import Dialect
 from trtllm_core.backends.linear.quantized import Signed, use_graph_products, write_signed
+from trtllm_core.backends.linear.watching import check_watched, watched_modules
 from trtllm_core.config import EngineConfig
 from trtllm_core.nn import RMSNorm
 
@@ -35,6 +36,8 @@ class GraphOptions:
     """Matrices are inputs of the graph, under the names of the module's parameters, and no part of it."""
     accuracy_level: int = 0
     """Of products with quantised weights: see ``quantized_linear``."""
+    debug_tensors: tuple[str, ...] = ()
+    """Patterns of modules whose outputs the graph gives too, under their names: see ``watched_modules``."""
 
     @property
     def bounded(self) -> bool:
@@ -58,7 +61,7 @@ def export_module(
         if isinstance(layer, RMSNorm):
             layer.kernel = _rms_norm(layer)
     use_graph_products(module, options.accuracy_level)
-    layers = config.model.num_layers
+    layers, watched = config.model.num_layers, watched_modules(module, options.debug_tensors)
     example, shapes = _example(config), _dynamic_shapes(config)
     names = ["input_ids", "write_indices", "logit_indices", *cache_names(layers, "past")]
     if options.bounded:
@@ -67,13 +70,13 @@ def export_module(
         del example["cache_entries"], shapes["cache_entries"]
     with _quiet_exporter():
         program = torch.onnx.export(
-            LinearModule(module, options.attention).eval(),
+            LinearModule(module, options.attention, watched).eval(),
             (),
             kwargs=example,
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
-            output_names=["logits", *cache_names(layers, "present")],
+            output_names=["logits", *cache_names(layers, "present"), *watched],
             dynamic_shapes=shapes,
             custom_translation_table=ops.translations(options.dialect),
             optimize=False,  # folding renames small weights, and then nothing finds them on disk
@@ -88,6 +91,7 @@ def export_module(
     proto = _stripped(program.model)
     if options.dialect == "tensorrt":
         ops.add_attention_body(proto, options.attention)
+    check_watched(proto, watched)
     return proto
 
 

@@ -30,6 +30,9 @@ class OnnxRuntimeOptions(Config):
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
         default=4, description="of products with quantised weights: 4 rounds activations to int8, 1 computes in float32"
     )
+    debug_tensors: tuple[str, ...] = Field(
+        default=(), description="modules, such as layers.*, whose outputs debug_mode keeps"
+    )
 
 
 class OnnxRuntimeBackend(Backend):
@@ -68,7 +71,9 @@ class OnnxRuntimeBackend(Backend):
 
         options = _check_build(config)
         file = directory / f"rank{rank}.safetensors"
-        form = GraphOptions("onnxruntime", "grouped", accuracy_level=options.accuracy_level)
+        form = GraphOptions(
+            "onnxruntime", "grouped", accuracy_level=options.accuracy_level, debug_tensors=options.debug_tensors
+        )
         path, kind = write_weights_and_graph(config, family, weights, file, form)
         record: dict[str, Any] = {"onnxruntime": version("onnxruntime"), "onnx": version("onnx"), "attention": kind}
         if config.quantization is not None:

@@ -36,6 +36,8 @@ class OnnxRuntimeExecutable(LinearExecutable):
         """Of graphs that take weights as inputs."""
         self._grouped = config.record.get("attention") == "grouped"
         self._entries = torch.arange(config.build.max_seq_len)
+        contract = {"logits", *self.present}
+        self._watched = [one.name for one in self._session.get_outputs() if one.name not in contract]
         self._binding: Any = None
         self._place: tuple[int, int] | None = None
         """Address and rows of the caches that are bound."""
@@ -52,23 +54,31 @@ class OnnxRuntimeExecutable(LinearExecutable):
         rows, tokens = inputs["input_ids"].shape
         if self._grouped and rows > 1 and tokens > 1 and int(inputs["write_indices"].max()) > 0:
             # ONNX Runtime's kernel takes several tokens of several rows only where all caches are empty.
+            found = []
             for row in range(rows):
                 one = slice(row, row + 1)
                 part = {name: tensor[one] for name, tensor in inputs.items()}
-                self._run(part, longest, [cache[one] for cache in caches], logits[one])
+                found.append(self._run(part, longest, [cache[one] for cache in caches], logits[one]))
+            self.watched = {name: torch.cat([each[name] for each in found]) for name in found[0]}
         else:
-            self._run(inputs, longest, caches, logits)
+            self.watched = self._run(inputs, longest, caches, logits)
 
     def _run(
         self, inputs: Mapping[str, torch.Tensor], longest: int, caches: Sequence[torch.Tensor], logits: torch.Tensor
-    ) -> None:
+    ) -> dict[str, torch.Tensor]:
+        """Returns what is watched, while somebody looks: outputs that are not bound are not given."""
         binding = self._bound(caches)
         for name, tensor in inputs.items():
             _bind(binding.bind_input, name, tensor)
         if self._bounded:
             _bind(binding.bind_input, "cache_entries", self._entries[: -(-longest // ENTRIES_STEP) * ENTRIES_STEP])
         _bind(binding.bind_output, "logits", logits)
+        watched = self._watched if self.debugging else []
+        for name in watched:
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()[-len(watched) :] if watched else []  # in the order in which they were bound
+        return {name: torch.from_numpy(value.numpy()) for name, value in zip(watched, values, strict=True)}
 
     def _bound(self, caches: Sequence[torch.Tensor]) -> Any:
         """A binding of what stays: weights, and the caches until a run has other rows of them."""
@@ -97,6 +107,8 @@ def open_session(path: Path, threads: int | None = None) -> onnxruntime.Inferenc
     options.log_severity_level = 3
     # Graphs for TensorRT dequantise before they multiply. Fused, the two would round activations to int8 as well.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Threads wait actively between the products of a run, and not between runs, where others want the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = threads or torch.get_num_threads()
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -74,7 +74,9 @@ class TensorRTBackend(Backend):
             raise ConfigError(
                 "quantised weights are part of a TensorRT engine: leave the option weights or quantization"
             )
-        form = GraphOptions("tensorrt", options.attention, weights_as_inputs=as_inputs)
+        form = GraphOptions(
+            "tensorrt", options.attention, weights_as_inputs=as_inputs, debug_tensors=options.debug_tensors
+        )
         file = directory / f"rank{rank}.safetensors"
         graph, kind = write_weights_and_graph(config, family, weights, file, form, _check_attention)
         record: dict[str, Any] = {"module": trt.__name__, "version": trt.__version__, "attention": kind}

@@ -28,6 +28,9 @@ class TensorRTExecutable(LinearExecutable):
         self.tensors = tuple(_within(spec, runtime) for spec in self.tensors)
         self._weights = dict(weights or {})
         """Inputs that are weights: engines of one shape may share them."""
+        fresh = [name for name in runtime.outputs if name not in runtime.aliases and name != "logits"]
+        self._inner = {name: runtime.shape(name)[2:] for name in fresh}
+        """Sizes after rows and tokens of what was built to be watched: the engine writes it in every run."""
 
     def execute(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int) -> None:
         """See ``LinearExecutable``. Inputs are copied to the GPU on the run's own stream, 0 being PyTorch's current."""
@@ -45,7 +48,13 @@ class TensorRTExecutable(LinearExecutable):
     ) -> None:
         """See ``LinearExecutable``."""
         feed = {**self._weights, **inputs, **dict(zip(self.past, caches, strict=True))}
-        self.runtime.run(feed, {"logits": logits}, stream, not self.debugging)
+        places = tuple(inputs["input_ids"].shape)
+        if any(tensor.shape[:2] != places for tensor in self.watched.values()) or not self.watched:
+            self.watched = {
+                name: torch.empty(*places, *sizes, dtype=self.runtime.dtypes[name], device=self.device)
+                for name, sizes in self._inner.items()
+            }
+        self.runtime.run(feed, {"logits": logits, **self.watched}, stream, not self.debugging)
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""

@@ -29,3 +29,7 @@ class TensorRTOptions(Config):
     compute_capabilities: tuple[str, ...] = Field(
         default=(), description="GPUs to build for, such as 8.9 and 12.0; none: the module's default"
     )
+    debug_tensors: tuple[str, ...] = Field(
+        default=(),
+        description="modules, such as layers.*, whose outputs debug_mode keeps; the engine always writes them",
+    )

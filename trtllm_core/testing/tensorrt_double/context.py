@@ -103,7 +103,8 @@ class Context:
         source = self._engine.get_aliased_input_tensor(name)
         if source is not None:
             return self._shapes[source]
-        return (*self._shapes["logit_indices"], self._engine.get_tensor_shape(name)[-1])
+        sizes = self._engine.sizes(self._shapes)
+        return tuple(sizes[part] if isinstance(part, str) else part for part in self._engine.symbols(name))
 
     def execute_async_v3(self, stream: int) -> Any:
         """Run now, or where the stream is captured, later. Raises AssertionError for what TensorRT leaves undefined."""

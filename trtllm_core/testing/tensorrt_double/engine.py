@@ -46,6 +46,15 @@ class Engine:
         """-1 where a size is not fixed."""
         return tuple(size if isinstance(size, int) else -1 for size in self._all[name].shape)
 
+    def symbols(self, name: str) -> list[int | str]:
+        """The shape as the graph has it, with names of sizes that are not fixed. Not of TensorRT."""
+        return list(self._all[name].shape)
+
+    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """What those names are worth where inputs have these shapes. Not of TensorRT."""
+        pairs = (zip(self.symbols(name), shape, strict=True) for name, shape in shapes.items())
+        return {part: size for pair in pairs for part, size in pair if isinstance(part, str)}
+
     def get_aliased_input_tensor(self, name: str) -> str | None:
         """Which input an updated cache is the update of."""
         return name.replace("present_", "past_") if name.startswith("present_") else None
