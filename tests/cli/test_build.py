@@ -181,12 +181,14 @@ def test_what_quantised_weights_cost(cli: Callable, tiny_checkpoint: Path, tmp_p
         assert float(found[2]) == pytest.approx(float(found[3]), rel=0.02)
         assert float(found[4]) < 0.05
     assert "is built again: build.quantization" in cli(*arguments[:4], "--quant", "int4").stderr
+    told = cli(*arguments[:4], "--quant", "fp8", "--quant-text", text).stdout
+    assert re.search(r"perplexity ([\d.]+) \(\S+ without\).*; perplexity ([\d.]+) with activations in fp8 too", told)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quant", "int3"], "'int4', 'int8' or 'keep'"),
+        (["--quant", "int3"], "'int4', 'int8', 'fp8' or 'keep'"),
         (["--quant-group", "64"], "needs --quant"),
         (["--quant-text", "README.md"], "name a quantisation too"),
         (["--quant", "int8", "--quant-text", "no-such-file"], "cannot be read as text"),

@@ -12,7 +12,7 @@ from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import Kernels
 from trtllm_core.backends.torch.cpu.product import DIRECT_UP_TO, PackedProduct, rounded
 from trtllm_core.backends.torch.executable import TorchExecutable
-from trtllm_core.backends.torch.quantized import PiecewiseProduct
+from trtllm_core.backends.torch.quantized import PiecewiseProduct, RoundedProduct
 from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, QuantizationConfig, QuantizedLayer, SamplingConfig
 from trtllm_core.engine.build import build_engine, plan_engine
@@ -75,7 +75,7 @@ def test_batch_invariant_engines_may_be_quantised(quantised_gguf: Path, tmp_path
     assert tokens(runner) == tokens(ModelRunner.from_dir(tmp_path / "kept", plugins=plugins))
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_table_serves_as_head_and_embedding(
     tied: Path, tmp_path: Path, plugins: Plugins, weights: str, dtype: str
@@ -87,7 +87,7 @@ def test_a_tied_table_serves_as_head_and_embedding(
     assert tokens(ModelRunner.from_dir(tmp_path / "engine", plugins=plugins))
 
 
-@pytest.mark.parametrize("weights", ["keep", "int4"])
+@pytest.mark.parametrize("weights", ["keep", "int4", "fp8"])
 def test_ranks_share_the_codes(quantised_gguf: Path, plugins: Plugins, weights: str) -> None:
     """Each rank's codes are worth its share of the weights: rows of groups and of heads are split, no group is."""
     source = open_checkpoint(quantised_gguf)
@@ -121,7 +121,11 @@ def test_what_codes_cannot_follow(quantised_gguf: Path, plugins: Plugins) -> Non
 
 def test_what_is_refused(checkpoint: Path, tmp_path: Path, plugins: Plugins) -> None:
     source = open_checkpoint(checkpoint)
+    fp8 = limits(quantization="fp8")
     wrong = [
+        (fp8.replace(backend="onnxruntime"), "backend 'onnxruntime' takes no fp8 weights"),
+        (fp8.replace(backend="tensorrt"), "backend 'tensorrt' takes no fp8 weights"),
+        (fp8.replace(max_lora_rank=4), "adapters need weights in the engine's dtype"),
         (limits(quantization="keep"), "not quantised"),
         (limits(quantization="int4", max_lora_rank=4), "adapters need weights in the engine's dtype"),
         (limits(quantization={"weights": "int4", "group_size": 128}), "does not divide the 64 input features"),
@@ -168,6 +172,20 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, rounding: float = 2*
     """To the rounding of the result, and what sums of so many numbers lose."""
     bound = 1e-4 if found.dtype == torch.float32 else rounding * wanted.abs().max() + 1e-4
     assert (found.double() - wanted).abs().max() < bound
+
+
+def test_rounded_activations_equal_their_numbers() -> None:
+    """Rows of numbers that the type has, times a scale, are not changed by it; others are, by a sixteenth at most."""
+    weight = quantize(torch.randn(24, 64), QuantizedLayer(bits=8, group_size=64, form="float8"))
+    plain, rounded = PlainProduct(weight), RoundedProduct(weight)
+    numbers = torch.randn(3, 64).to(torch.float8_e4m3fn).double()
+    numbers[:, 0] = 448
+    numbers *= torch.tensor([[1.0], [0.5], [8.0]])
+    torch.testing.assert_close(rounded(numbers, weight.codes, None), plain(numbers, weight.codes, None))
+    x = torch.randn(5, 64).double()
+    difference = (rounded(x, weight.codes, None) - plain(x, weight.codes, None)).abs()
+    assert difference.max() > 0
+    assert (difference <= torch.nn.functional.linear(x.abs(), weight.dequantize().double().abs()) / 16).all()
 
 
 def test_a_table_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trtllm_core.config import QuantizationConfig, QuantizedLayer
 from trtllm_core.errors import ConfigError
-from trtllm_core.quantize import QuantizedWeight, from_gguf, part_shapes, plan_quantization, quantize
+from trtllm_core.quantize import QuantizedWeight, float8_rows, from_gguf, part_shapes, plan_quantization, quantize
 from trtllm_core.quantize.gguf import widened
 
 FORMS = [(4, "symmetric"), (4, "zero_points"), (8, "symmetric")]
@@ -61,9 +61,30 @@ def test_rounding_is_within_half_a_step(form: tuple[int, str], group: int, seed:
     assert (made.dequantize()[0, :group] == 0).all()
 
 
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(1, 70), st.floats(1e-3, 1e3), st.integers(0, 2**32))
+def test_numbers_of_8_bits_are_within_half_of_their_last_digit(size: int, spread: float, seed: int) -> None:
+    """Three bits of mantissa; below the smallest exponent, steps of 2**-9."""
+    weight = spread * torch.randn(4, size, generator=torch.Generator().manual_seed(seed))
+    weight[1] = 0
+    made = quantize(weight, how(8, "float8", size))
+    assert {name: tuple(part.shape) for name, part in made.parts().items()} == part_shapes(made.layer, (4, size))
+    error = (made.dequantize() - weight).abs()
+    assert (error <= torch.maximum(weight.abs() / 16, made.scales * 2.0**-10) * 1.0001).all()
+    assert torch.equal(made.numbers().float().abs().amax((1, 2)), torch.tensor([448.0, 0, 448, 448]))
+    assert (made.dequantize()[1] == 0).all()
+
+
+def test_rows_that_are_rounded_keep_their_shape() -> None:
+    x = torch.randn(2, 3, 16).bfloat16()
+    numbers, scales = float8_rows(x)
+    assert (numbers.shape, scales.shape, scales.dtype) == (x.shape, (2, 3, 1), torch.float32)
+    assert torch.equal(float8_rows(x[1])[0].float(), numbers[1].float())
+
+
 def test_rows_are_those_of_the_whole() -> None:
-    for form in FORMS:
-        weight = quantize(torch.randn(6, 64), how(*form))
+    for form in (*FORMS, (8, "float8")):
+        weight = quantize(torch.randn(6, 64), how(*form, group=64 if form[1] == "float8" else 32))
         which = torch.tensor([[4, 0], [5, 5]])
         assert torch.equal(weight.dequantize(which), weight.dequantize()[which])
 
@@ -76,12 +97,15 @@ def test_parts_make_the_weight_again() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"weights": "int3"}, "'int4', 'int8' or 'keep'"),
+        ({"weights": "int3"}, "'int4', 'int8', 'fp8' or 'keep'"),
         ({"weights": "int4", "group_size": 48}, "32, 64, 128"),
         ({"weights": "int4", "group_size": 0}, "32, 64, 128"),
         ({"weights": "int8", "symmetric": False}, "int8 codes are symmetric"),
         ({"weights": "int8", "head_bits": 4}, "goes with int4"),
         ({"weights": "keep", "group_size": 32}, "takes no group_size"),
+        ({"weights": "fp8", "group_size": 32}, "one scale for each output feature"),
+        ({"weights": "fp8", "symmetric": True}, "no zero points"),
+        ({"weights": "fp8", "head_bits": 4}, "goes with int4"),
     ],
 )
 def test_wishes_that_cannot_be(fields: dict[str, object], says: str) -> None:
@@ -101,6 +125,12 @@ def test_the_head_has_8_bits_unless_told_otherwise() -> None:
     assert plan(QuantizationConfig(weights="int4", head_bits=4))["head"].bits == 4
     assert "head" not in plan(QuantizationConfig(weights="int4", head_bits=16))
     assert plan(QuantizationConfig(weights="int8", group_size=0), 96)["body"] == how(8, "symmetric", 96)
+
+
+def test_numbers_of_8_bits_have_a_scale_a_row() -> None:
+    found = plan(QuantizationConfig(weights="fp8"), 96)
+    assert found == {"body": how(8, "float8", 96), "head": how(8, "float8", 96)}
+    assert plan(QuantizationConfig(weights="fp8", head_bits=16), 96) == {"body": how(8, "float8", 96)}
 
 
 def test_what_is_kept() -> None:

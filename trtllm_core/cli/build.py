@@ -77,9 +77,12 @@ def _print_cost(text: str, config: EngineConfig, family: ModelFamily, source: Ch
     if not (output / TOKENIZER).is_file():
         raise ConfigError(f"{source.path} brings no tokenizer, so --quant-text has no tokens to run")
     cost = quantization_cost(config, family, source, Tokenizer.from_dir(output).encode(text))
+    rounded = cost.rounded_perplexity
+    more = "" if rounded is None else f"; perplexity {rounded:.3f} with activations in fp8 too"
     typer.echo(
         f"quantised weights, over {cost.tokens} tokens of the text: perplexity {cost.perplexity:.3f} "
         f"({cost.plain_perplexity:.3f} without), logits off by {cost.error:.3f} (they spread by {cost.spread:.3f})"
+        + more
     )
 
 

@@ -85,7 +85,7 @@ class BuildOptions:
         list[str] | None, _build("A layer that adapters may change (default: all). May be repeated.", metavar="NAME")
     ] = None
     quant: Annotated[
-        str | None, _build("int4, int8, or keep for a GGUF file's own codes (default: the dtype).", metavar="NAME")
+        str | None, _build("int4, int8, fp8, or keep for a GGUF file's own codes (default: the dtype).", metavar="NAME")
     ] = None
     quant_group: Annotated[int | None, _build("Input features that share a scale: 32 (default), 64, 128; 0: all.")] = (
         None

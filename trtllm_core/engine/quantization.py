@@ -27,6 +27,8 @@ def quantization_of(
         return None
     if "quantization" not in backend.takes:
         raise ConfigError(f"backend {backend.name!r} takes no quantised weights: leave quantization out")
+    if wish.weights == "fp8" and "float8" not in backend.takes:
+        raise ConfigError(f"backend {backend.name!r} takes no fp8 weights: build with quantization int4 or int8")
     if build.max_lora_rank:
         raise ConfigError("adapters need weights in the engine's dtype: leave max_lora_rank or quantization out")
     if wish.symmetric is None and wish.weights == "int4":

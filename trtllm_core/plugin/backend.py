@@ -178,7 +178,8 @@ class Backend(ABC):
     """The tensors that its engines take."""
     takes: frozenset[str] = frozenset()
     """What they take besides, of ``lora``, ``prompt_tables``, ``quantization`` and, of quantised weights,
-    ``zero_points``, ``offsets`` (see ``trtllm_core.config.quantization``) and ``tables``, embeddings that are the head.
+    ``zero_points``, ``offsets``, ``float8`` (see ``trtllm_core.config.quantization``) and ``tables``, embeddings that
+    are the head.
     A build that asks for what is not here is refused."""
     gives: frozenset[str] = frozenset()
     """What its engines give to plugins, of ``multi_position`` and ``hidden_states`` (see ``Capabilities``).

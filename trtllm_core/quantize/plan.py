@@ -54,6 +54,8 @@ def _rounded(wish: QuantizationConfig, inputs: int, head: bool) -> QuantizedLaye
     bits = (wish.head_bits or 8) if head else 4 if wish.weights == "int4" else 8
     if bits == 16:
         return None
+    if wish.weights == "fp8":
+        return QuantizedLayer(bits=8, group_size=inputs, form="float8")
     group = 32 if wish.group_size is None else wish.group_size or inputs
     if bits == 4:
         return QuantizedLayer(bits=4, group_size=group, form="symmetric" if wish.symmetric else "zero_points")

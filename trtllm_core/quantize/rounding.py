@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trtllm_core.config import QuantizedLayer
+from trtllm_core.quantize.float8 import float8_rows
 from trtllm_core.quantize.weight import QuantizedWeight, pack
 
 
@@ -13,8 +14,11 @@ def quantize(weight: torch.Tensor, layer: QuantizedLayer) -> QuantizedWeight:
 
     Symmetric codes of 8 bits reach from -127 to 127. Those of 4 bits reach from -8 to 7, where the largest element of
     a group, with its sign, is -8: so all 16 codes are used. With zero points, codes span from the smallest element to
-    the largest, and 0 is one of them.
+    the largest, and 0 is one of them. Those of floating point have one group, the row, whose largest element is theirs.
     """
+    if layer.form == "float8":
+        numbers, scales = float8_rows(weight)
+        return QuantizedWeight(layer, numbers.view(torch.uint8)[:, None], scales)
     groups = weight.float().reshape(weight.shape[0], -1, layer.group_size)
     if layer.form == "zero_points":
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trtllm_core.config import QuantizedLayer
+from trtllm_core.quantize.float8 import FLOAT8
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class QuantizedWeight:
     """A linear layer's weight ``[out, in]`` in groups of neighbouring input features.
 
     Codes are unsigned and lie as ONNX Runtime's MatMulNBits reads them, so that it maps an engine's file: two codes of
-    4 bits in a byte, the first in its lower half. ``middle`` (8 or 128) is what a symmetric code is counted from.
+    4 bits in a byte, the first in its lower half. ``middle`` (8 or 128) is what a symmetric code is counted from. Codes
+    of the form ``float8`` are numbers as they are.
     """
 
     layer: QuantizedLayer
@@ -44,7 +46,9 @@ class QuantizedWeight:
         return cls(layer, **parts)
 
     def numbers(self) -> torch.Tensor:
-        """The codes one by one: uint8 ``[out, groups, group_size]``."""
+        """The codes one by one: ``[out, groups, group_size]``, uint8 or, of the form ``float8``, ``float8_e4m3fn``."""
+        if self.layer.form == "float8":
+            return self.codes.view(FLOAT8)
         return self.codes if self.layer.bits == 8 else unpack(self.codes)
 
     def dequantize(self, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
@@ -60,6 +64,8 @@ class QuantizedWeight:
 
     def zeros(self) -> torch.Tensor | int:
         """What codes are counted from: float32 ``[..., groups, 1]``, or the same for all."""
+        if self.layer.form == "float8":
+            return 0
         if self.zero_points is None:
             return self.middle
         packed = self.zero_points

@@ -100,7 +100,7 @@ def test_bench_of_a_shape(cli: Callable, tiny: str) -> None:
     assert found["memory"] == {}
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp8"])
 def test_random_weights_that_are_quantised(quant: str, tiny: str, cli: Callable) -> None:
     """Fewer bytes, and logits that are numbers."""
     limits = {"max_batch_size": 2, "max_input_len": 16, "max_seq_len": 32}

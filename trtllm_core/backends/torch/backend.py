@@ -39,7 +39,7 @@ class TorchBackend(Backend):
     name = "torch"
     contract = "packed_paged"
     gives = frozenset({"multi_position", "hidden_states"})
-    takes = frozenset({"lora", "prompt_tables", "quantization", "zero_points", "offsets", "tables"})
+    takes = frozenset({"lora", "prompt_tables", "quantization", "zero_points", "offsets", "float8", "tables"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""

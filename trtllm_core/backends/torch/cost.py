@@ -10,10 +10,13 @@ import torch
 from trtllm_core.backends.linear.judge import packed_logits
 from trtllm_core.backends.modules import meta_module, parameter_dtypes
 from trtllm_core.backends.torch.backend import TorchBackend
+from trtllm_core.backends.torch.quantized import RoundedProduct
 from trtllm_core.checkpoint import Checkpoint
 from trtllm_core.config import EngineConfig
 from trtllm_core.engine.shards import check_weight_map, rank_weights
 from trtllm_core.errors import ConfigError
+from trtllm_core.nn import Linear
+from trtllm_core.nn.quantized import weight_of
 from trtllm_core.parallel import TensorParallel
 from trtllm_core.plugin import ModelFamily
 
@@ -34,6 +37,8 @@ class QuantizationCost:
     """Root of the mean square of the logits' differences, each row of logits less its mean."""
     spread: float
     """Standard deviation of the plain logits, to compare it with."""
+    rounded_perplexity: float | None = None
+    """Of fp8 weights, with activations rounded to fp8 as well: what a GPU does with prompts and large batches."""
 
 
 def quantization_cost(
@@ -41,7 +46,7 @@ def quantization_cost(
 ) -> QuantizationCost:
     """Run a text's tokens, the first ``MOST`` of them, through both models, one after the other.
 
-    What a backend adds of its own, such as activations that are rounded, is not in it.
+    What a backend adds of its own is not in it, but for activations, which the torch backend rounds beside fp8 weights.
 
     Raises:
         ConfigError: the text is shorter than two tokens.
@@ -53,6 +58,8 @@ def quantization_cost(
     config = config.replace(build=config.build.replace(tp_size=1))  # one rank has all of the model
     plain = _logits(config.replace(quantization=None), family, checkpoint, text)
     ours = _logits(config, family, checkpoint, text)
+    float8 = config.quantization is not None and config.quantization.weights == "fp8"
+    rounded = _logits(config, family, checkpoint, text, rounded=True) if float8 else None
     difference = ours - plain
     return QuantizationCost(
         tokens=len(text) - 1,
@@ -60,11 +67,14 @@ def quantization_cost(
         plain_perplexity=_perplexity(plain, text),
         error=(difference - difference.mean(-1, keepdim=True)).square().mean().sqrt().item(),
         spread=(plain - plain.mean(-1, keepdim=True)).square().mean().sqrt().item(),
+        rounded_perplexity=None if rounded is None else _perplexity(rounded, text),
     )
 
 
-def _logits(config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, text: torch.Tensor) -> torch.Tensor:
-    """float32 ``[tokens - 1, vocab]``: what predicts each token but the first."""
+def _logits(
+    config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, text: torch.Tensor, rounded: bool = False
+) -> torch.Tensor:
+    """float32 ``[tokens - 1, vocab]``: what predicts each token but the first. ``rounded``: activations are as well."""
     rank = TensorParallel()
     dtypes = parameter_dtypes(meta_module(config, family, rank))
     parts = rank_weights(
@@ -72,6 +82,10 @@ def _logits(config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, t
     )
     tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in parts}
     engine = TorchBackend().assemble(tensors, config, family, torch.device("cpu"), rank)
+    if rounded:
+        for layer in engine.module.modules():
+            if isinstance(layer, Linear) and layer.quantized is not None:
+                layer.matmul = RoundedProduct(weight_of(layer))
     return packed_logits(engine, [text], [1])[0, :, : config.model.vocab_size]
 
 

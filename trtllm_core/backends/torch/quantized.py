@@ -8,7 +8,7 @@ from torch import nn
 from trtllm_core.nn import Linear
 from trtllm_core.nn.linear import MatMul
 from trtllm_core.nn.quantized import PlainProduct
-from trtllm_core.quantize import QuantizedWeight
+from trtllm_core.quantize import QuantizedWeight, float8_rows
 
 PIECE = 1 << 20
 """Elements that are dequantised at a time: what a core's cache holds."""
@@ -24,6 +24,16 @@ def use_products(module: nn.Module, product: MatMul) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear) and isinstance(layer.matmul, PlainProduct):
             layer.matmul = PiecewiseProduct(layer.matmul.weight, product)
+
+
+class RoundedProduct(PlainProduct):
+    """With activations rounded like weights of the form ``float8``, each row for itself: what a GPU computes for many
+    rows. The twin that it is tested against, and what tells what it costs."""
+
+    def __call__(self, x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., in] -> [..., out]``."""
+        numbers, scales = float8_rows(x)
+        return super().__call__((numbers.float() * scales).to(x.dtype), _, bias)
 
 
 class PiecewiseProduct:

@@ -37,7 +37,7 @@ class SubjectOptions:
         str | None, _option("Instead of ENGINE: random weights of a model such as llama-3-8b.", "What")
     ] = None
     dtype: Annotated[str | None, _option("Of random weights (default: the model's own).", "What")] = None
-    quant: Annotated[str | None, _option("Of random weights: int4 or int8 (default: the dtype).", "What")] = None
+    quant: Annotated[str | None, _option("Of random weights: int4, int8 or fp8 (default: the dtype).", "What")] = None
     kv_dtype: Annotated[str | None, _option("Of random weights' KV cache: fp8 or int8.", "What")] = None
     option: Annotated[
         list[str] | None,

@@ -54,16 +54,22 @@ def random_runner(
     random = torch.Generator(place).manual_seed(seed)
     rank = TensorParallel()
     module = meta_module(config, family, rank)
-    tensors = {name: _weight(name, one, random) for name, one in module.named_parameters()}
+    layers = {} if config.quantization is None else config.quantization.layers
+    numbers = {f"{name}.weight" for name, layer in layers.items() if layer.form == "float8"}
+    tensors = {name: _weight(name, one, random, name in numbers) for name, one in module.named_parameters()}
     engine = backend.assemble(tensors, config, family, place, rank, **options)
     return ModelRunner.from_engine(engine, plugins=plugins, kv_cache=kv_cache)
 
 
-def _weight(name: str, parameter: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """What takes the place of a parameter without memory. Codes of quantised weights are all alike in likelihood."""
+def _weight(name: str, parameter: torch.Tensor, random: torch.Generator, float8: bool) -> torch.Tensor:
+    """What takes the place of a parameter without memory. Codes of quantised weights are all alike in likelihood, but
+    those that are numbers of 8 bits (``float8``), which are drawn like matrices."""
     import torch
 
     weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=random.device)
+    if float8:
+        drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device=random.device)
+        return drawn.normal_(0, _SPREAD / _STEP, generator=random).to(torch.float8_e4m3fn).view(torch.uint8)
     if parameter.dtype == torch.uint8:
         return weight.random_(0, 256, generator=random)
     part = name.rsplit(".", 1)[-1]
