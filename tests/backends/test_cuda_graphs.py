@@ -93,12 +93,16 @@ def test_graphs_are_refused_where_there_are_none(load: Callable[..., Session]) -
 def test_choices_of_kernels_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def measured(product: Product, weights: list[torch.Tensor], bias: torch.Tensor | None) -> list[int] | None:
+    def measured(
+        product: Product, weights: list[torch.Tensor], bias: torch.Tensor | None, rows: int
+    ) -> list[int] | None:
         calls.append(product)
         return None if product.gated else [2, 1024, 4]
 
     monkeypatch.setattr(tuning, "measured", measured)
-    monkeypatch.setattr(tuning, "_key", lambda product, weight, biased: f"{product} {tuple(weight.shape)} {biased}")
+    monkeypatch.setattr(
+        tuning, "_key", lambda product, weight, biased, rows: f"{product} {tuple(weight.shape)} {biased}"
+    )
     large, path = torch.empty(1024, 1024), tmp_path / "deep" / "kernels.json"
     first = Tunings(path)
     assert first.choose(Product(), [torch.empty(8, 8)], None) == TILINGS[0], "too small to be measured"

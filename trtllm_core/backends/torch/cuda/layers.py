@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from trtllm_core.backends.torch.cuda.kernels.gemv import Tiling
+from trtllm_core.backends.torch.cuda.codes import codes_of
+from trtllm_core.backends.torch.cuda.kernels.coded import Codes
 from trtllm_core.backends.torch.cuda.kernels.norm import norm
 from trtllm_core.backends.torch.cuda.product import FUNCTIONS, Product, activate
 from trtllm_core.backends.torch.cuda.switch import Switch
-from trtllm_core.backends.torch.cuda.tuning import Tunings
+from trtllm_core.backends.torch.cuda.tuning import SAMPLED, Choice, Tunings
 from trtllm_core.nn import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, RowLinear
 from trtllm_core.nn.mlp import Activation
 from trtllm_core.nn.norm import Norm
-
-SAMPLE = 1 << 30
-"""Bytes of weights of one shape that a measurement goes through: more than any cache holds."""
 
 _ACTIVATIONS = {function: name for name, function in FUNCTIONS.items()}
 
 
 def accelerate(module: nn.Module, dtype: torch.dtype, plain: bool, tunings: Tunings | None = None) -> Switch:
-    """Norms, activations and products of one row by the kernels, in every layer that has a kernel.
+    """Norms, activations and products of few rows by the kernels, in every layer that has a kernel.
 
-    Returns what turns them on: a module runs PyTorch's own until then.
+    Returns what turns them on: a module runs PyTorch's own until then, but for products with quantised weights.
 
     Args:
         module: weights in place, on a CUDA device.
-        dtype: of the weights; those of layers in another one, such as quantised ones, are left alone.
-        plain: whether products are what the layers say and nothing else: one rank, no adapters.
+        dtype: of the weights that are not quantised; those in another one are left alone.
+        plain: whether products are what the layers say and nothing else: one rank, no adapters. Else those with
+            quantised weights alone are replaced.
         tunings: which kernel a product gets; None: this machine's.
     """
     tunings, switch = tunings or Tunings(), Switch()
@@ -41,9 +41,7 @@ def accelerate(module: nn.Module, dtype: torch.dtype, plain: bool, tunings: Tuni
             layer.kernel = _normed(layer, switch)
         elif isinstance(layer, (MLP, GatedMLP)) and layer.activation in _ACTIVATIONS:
             layer.inner = _inner(layer, switch)
-    if plain:
-        _products(layers, dtype, tunings, switch)
-        tunings.save()
+    _products(layers, dtype, plain, tunings, switch)
     return switch
 
 
@@ -64,43 +62,54 @@ def _inner(layer: MLP | GatedMLP, switch: Switch) -> Activation:
     return lambda x: activate(product(x), name, gated, switch.on)
 
 
-def _products(layers: list[nn.Module], dtype: torch.dtype, tunings: Tunings, switch: Switch) -> None:
-    """Products of one row, with what follows them. Layers that are alike get the same kernel."""
+def _products(layers: list[nn.Module], dtype: torch.dtype, plain: bool, tunings: Tunings, switch: Switch) -> None:
+    """Products of few rows, with what follows them. Layers that are alike get the same kernels."""
     blocks: dict[nn.Module, MLP | GatedMLP] = {}
     for layer in layers:
         if isinstance(layer, (MLP, GatedMLP)) and layer.activation in _ACTIVATIONS:
             blocks[layer.gate_up if isinstance(layer, GatedMLP) else layer.up] = layer
-    alike: dict[tuple[Product, torch.Size, bool], list[Linear]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[tuple[Linear, torch.Tensor | Codes]]] = defaultdict(list)
     for layer in layers:
-        if isinstance(layer, Linear) and _is_plain(layer, dtype):
+        weight = _weight(layer, dtype, plain) if isinstance(layer, Linear) else None
+        if isinstance(layer, Linear) and weight is not None:
             block = blocks.get(layer)
             activation = "none" if block is None else _ACTIVATIONS[block.activation]
-            product = Product(activation, isinstance(block, GatedMLP), isinstance(layer, RowLinear))
-            alike[product, layer.weight.shape, layer.bias is not None].append(layer)
-    for (product, _, _), group in alike.items():
-        most = max(1, SAMPLE // group[0].weight.nbytes)
-        tiling = tunings.choose(product, [layer.weight for layer in group[:most]], group[0].bias)
-        for layer in group:
-            _give(layer, product, tiling, blocks.get(layer), switch)
+            product = Product(activation, isinstance(block, GatedMLP), plain and isinstance(layer, RowLinear))
+            alike[product, layer.quantized, weight.shape, layer.bias is not None].append((layer, weight))
+    for (product, *_), group in alike.items():
+        first = group[0][0]
+        most = max(1, SAMPLED // first.weight.nbytes)
+        choice = Choice(tunings, product, [weight for _, weight in group[:most]], first.bias)
+        choice(1)
+        for layer, weight in group:
+            _give(layer, weight, product, choice, blocks.get(layer), switch)
+    tunings.save()
 
 
-def _is_plain(layer: Linear, dtype: torch.dtype) -> bool:
-    """Whether the layer's product is the library's, of the weight as it is."""
-    return layer.quantized is None and layer.matmul is functional.linear and layer.weight.dtype == dtype
+def _weight(layer: Linear, dtype: torch.dtype, plain: bool) -> torch.Tensor | Codes | None:
+    """What the layer multiplies with; None: it is left as it is."""
+    if layer.quantized is not None:
+        return codes_of(layer)
+    return layer.weight if plain and layer.matmul is functional.linear and layer.weight.dtype == dtype else None
 
 
-def _give(layer: Linear, product: Product, tiling: Tiling | None, block: MLP | GatedMLP | None, switch: Switch) -> None:
-    weight, bias = layer.weight, layer.bias
-    inputs = weight.shape[1]
+def _give(
+    layer: Linear,
+    weight: torch.Tensor | Codes,
+    product: Product,
+    choice: Choice,
+    block: MLP | GatedMLP | None,
+    switch: Switch,
+) -> None:
+    inputs, quantised = weight.shape[1], not isinstance(weight, torch.Tensor)
 
-    def run(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        fits = switch.on and x.numel() == inputs
-        return product.run(tiling if fits else None, x, weight, bias, residual, switch.on)
+    def run(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        how = choice(x.numel() // inputs) if quantised or switch.on else None
+        return product.run(how, x, weight, bias, residual, switch.on)
 
     if block is not None:
-        block.inner = run
+        block.inner = lambda x: run(x, layer.bias)
         return
-    if isinstance(layer, RowLinear):
-        layer.add = run
-    if tiling is not None:
-        layer.matmul = lambda x, weight, bias: run(x)
+    if product.added:
+        layer.add = lambda x, residual: run(x, layer.bias, residual)  # type: ignore[assignment]
+    layer.matmul = lambda x, _, bias: run(x, bias)

@@ -8,7 +8,10 @@ import torch
 from torch.nn import functional
 
 from trtllm_core.backends.torch.cuda.kernels.activation import activated
+from trtllm_core.backends.torch.cuda.kernels.coded import Codes, coded_gemv
 from trtllm_core.backends.torch.cuda.kernels.gemv import Tiling, gemv
+from trtllm_core.backends.torch.cuda.kernels.skinny import Blocks, skinny
+from trtllm_core.backends.torch.cuda.library import library_product
 from trtllm_core.nn.mlp import Activation, gelu_tanh, relu_squared
 
 FUNCTIONS: dict[str, Activation] = {
@@ -42,22 +45,23 @@ class Product:
 
     def run(
         self,
-        tiling: Tiling | None,
+        how: Tiling | Blocks | None,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Codes,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None = None,
         fused: bool = True,
     ) -> torch.Tensor:
-        """``x [rows, in]`` by the library (``tiling`` None), or one row and all that follows by one kernel.
+        """``x [rows, in]``, and all that follows.
 
-        ``fused``: whether the activation behind the library's product is a kernel of ours.
+        Args:
+            how: one row and what follows by one kernel; few rows by one or two; None: the library.
+            residual: overwritten with the result; see ``gemv``.
+            fused: whether the activation is a kernel of ours, where it is one by itself.
         """
-        if tiling is not None:
-            return gemv(x, weight, bias, tiling, activation=self.activation, gated=self.gated, residual=residual)
-        if residual is not None:
-            if bias is None:
-                return residual.addmm_(x, weight.t())
-            return residual.add_(functional.linear(x, weight, bias))
-        y = functional.linear(x, weight, bias)
+        if isinstance(how, Tiling):
+            if isinstance(weight, torch.Tensor):
+                return gemv(x, weight, bias, how, activation=self.activation, gated=self.gated, residual=residual)
+            return coded_gemv(x, weight, bias, how, activation=self.activation, gated=self.gated, residual=residual)
+        y = library_product(x, weight, bias, residual) if how is None else skinny(x, weight, bias, how, residual)
         return y if self.activation == "none" else activate(y, self.activation, self.gated, fused)

@@ -1,9 +1,10 @@
-"""Which kernel a product of one row gets: measured when an engine is first loaded on a machine, and kept on disk."""
+"""Which kernel a product of few rows gets: measured when a machine first needs it, and kept on disk."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,30 @@ import torch
 import triton
 
 from trtllm_core.backends.torch.cache_folder import cache_folder
+from trtllm_core.backends.torch.cuda.kernels.coded import CODED_TILINGS, Codes
 from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling
+from trtllm_core.backends.torch.cuda.kernels.skinny import BLOCKS, Blocks
 from trtllm_core.backends.torch.cuda.product import Product
+from trtllm_core.backends.torch.cuda.support import up
 
 MEASURED_FROM = 1 << 20
-"""Elements of a weight from which a product is measured: smaller ones take the first tiling."""
+"""Elements of a weight from which a product is measured: smaller ones take the first way."""
+
+SAMPLED = 1 << 30
+"""Bytes of weights of one shape that a measurement goes through: more than any cache holds."""
 
 CALLS = 32
 """Products in one measurement, over different weights where there are some: none should lie in the cache already."""
+
+FEW = 8
+"""Rows up to which a product with weights of 16 bits may have a kernel of ours, and one with weights of e4m3 has
+activations that are not rounded. From there on they are the library's."""
+
+FEW_OF_CODES = 128
+"""The same of integers, which the library must dequantise first."""
+
+Way = Tiling | Blocks | None
+"""How a product is computed; None: by the library."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,23 +57,33 @@ class Tunings:
             self._known = {}
         self._changed = False
 
-    def choose(self, product: Product, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> Tiling | None:
-        """The tiling for weights of one shape; None: the library is faster.
+    def choose(
+        self,
+        product: Product,
+        weights: Sequence[torch.Tensor | Codes],
+        bias: torch.Tensor | None,
+        rows: int = 1,
+    ) -> Way:
+        """How products with weights of one shape are computed.
 
         Args:
             product: what is computed.
             weights: some weights of the shape, from different layers.
             bias: of one of them; None: they have none.
+            rows: of the other factor.
         """
         weight = weights[0]
-        if weight.numel() < MEASURED_FROM:
-            return TILINGS[0]
-        key = _key(product, weight, bias is not None)
+        ways = candidates(weight, rows)
+        if len(ways) == 1 or math.prod(weight.shape) < MEASURED_FROM:
+            return ways[0]
+        key = _key(product, weight, bias is not None, rows)
         if key not in self._known:
-            self._known[key] = measured(product, weights, bias)
+            self._known[key] = measured(product, weights, bias, rows)
             self._changed = True
         found = self._known[key]
-        return None if found is None else Tiling(*found)
+        if found is None:
+            return None
+        return Tiling(*found) if len(found) == len(Tiling._fields) else Blocks(*found)
 
     def save(self) -> None:
         """Write what was measured, if anything was. Others may have written meanwhile: theirs stays."""
@@ -72,26 +99,77 @@ class Tunings:
             _log.warning("the choice of kernels is measured again next time: %s", error)
 
 
-def measured(product: Product, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> list[int] | None:
-    """The fastest of ``TILINGS`` and the library, by the median of replayed graphs."""
-    times = {tiling: _time(product, tiling, weights, bias) for tiling in (None, *TILINGS)}
-    best = min(times, key=lambda tiling: times[tiling])
-    report = {str(tiling and tuple(tiling)): f"{1e3 * time:.1f}" for tiling, time in times.items()}
-    _log.info("%s: us a product %s", _key(product, weights[0], bias is not None), report)
+class Choice:
+    """How the products of layers that are alike are computed, by their rows. Asked for once a bucket and machine.
+
+    Args:
+        tunings: of the machine.
+        product, weights, bias: see ``Tunings.choose``.
+    """
+
+    def __init__(
+        self,
+        tunings: Tunings,
+        product: Product,
+        weights: Sequence[torch.Tensor | Codes],
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._tunings, self._product, self._weights, self._bias = tunings, product, weights, bias
+        self._known: dict[int, Way] = {}
+        self._most = most_rows(weights[0])
+
+    def __call__(self, rows: int) -> Way:
+        """For so many rows. The first time may take seconds: it is never while a graph is captured, since a step runs
+        before it is."""
+        if rows > self._most:
+            return None
+        bucket = up(rows)
+        if bucket not in self._known:
+            self._known[bucket] = self._tunings.choose(self._product, self._weights, self._bias, bucket)
+            self._tunings.save()
+        return self._known[bucket]
+
+
+def most_rows(weight: torch.Tensor | Codes) -> int:
+    """Rows from which on a product is the library's."""
+    return FEW if isinstance(weight, torch.Tensor) or weight.float8 else FEW_OF_CODES
+
+
+def candidates(weight: torch.Tensor | Codes, rows: int) -> Sequence[Way]:
+    """What is tried for a product, the likeliest first. For integers the library is the last resort, and for numbers of
+    e4m3 something else: it rounds activations."""
+    if isinstance(weight, torch.Tensor):
+        return (*TILINGS, None) if rows == 1 else (None, *BLOCKS)
+    one: Sequence[Way] = CODED_TILINGS if rows == 1 else ()
+    return (*one, *BLOCKS) if weight.float8 or rows <= FEW else (*BLOCKS, None)
+
+
+def measured(
+    product: Product, weights: Sequence[torch.Tensor | Codes], bias: torch.Tensor | None, rows: int
+) -> list[int] | None:
+    """The fastest of the candidates, by the median of replayed graphs."""
+    times = {way: timed(product, way, weights, bias, rows) for way in candidates(weights[0], rows)}
+    best = min(times, key=lambda way: times[way])
+    report = {str(way and tuple(way)): f"{1e3 * time:.1f}" for way, time in times.items()}
+    _log.info("%s: us a product %s", _key(product, weights[0], bias is not None, rows), report)
     return None if best is None else list(best)
 
 
-def _time(product: Product, tiling: Tiling | None, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> float:
+def timed(
+    product: Product, way: Way, weights: Sequence[torch.Tensor | Codes], bias: torch.Tensor | None, rows: int
+) -> float:
     """Milliseconds of one product, in a chain of them."""
     weight = weights[0]
-    x = torch.randn(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    residual = torch.zeros(1, weight.shape[0], dtype=weight.dtype, device=weight.device) if product.added else None
+    stored = weight if isinstance(weight, torch.Tensor) else weight.codes
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
+    x = torch.randn(rows, weight.shape[1], dtype=dtype, device=stored.device)
+    residual = torch.zeros(rows, weight.shape[0], dtype=dtype, device=stored.device) if product.added else None
 
     def chain() -> None:
         for number in range(CALLS):
-            product.run(tiling, x, weights[number % len(weights)], bias, residual)
+            product.run(way, x, weights[number % len(weights)], bias, residual)
 
-    return _replayed(chain, weight.device) / CALLS
+    return _replayed(chain, stored.device) / CALLS
 
 
 def _replayed(chain: Callable[[], None], device: torch.device) -> float:
@@ -114,15 +192,27 @@ def _replayed(chain: Callable[[], None], device: torch.device) -> float:
     return float(median(times[1:]))
 
 
-def _key(product: Product, weight: torch.Tensor, biased: bool) -> str:
+def _key(product: Product, weight: torch.Tensor | Codes, biased: bool, rows: int) -> str:
     """Whatever the choice depends on."""
+    stored = weight if isinstance(weight, torch.Tensor) else weight.codes
     parts = [
-        torch.cuda.get_device_name(weight.device),
+        torch.cuda.get_device_name(stored.device),
         f"torch {torch.__version__}",
         f"triton {triton.__version__}",
-        str(weight.dtype).removeprefix("torch."),
+        _kind(weight),
         "x".join(map(str, weight.shape)),
         product.activation,
     ]
-    flags = {"gated": product.gated, "added": product.added, "biased": biased}
+    flags = {"gated": product.gated, "added": product.added, "biased": biased, f"{rows} rows": rows > 1}
     return " | ".join(parts + [name for name, on in flags.items() if on])
+
+
+def _kind(weight: torch.Tensor | Codes) -> str:
+    """What a weight is made of."""
+    if isinstance(weight, torch.Tensor):
+        return str(weight.dtype).removeprefix("torch.")
+    if weight.float8:
+        return "e4m3"
+    offsets = "" if weight.offsets is None else " and offsets"
+    group = "row" if weight.whole else str(weight.group_size)
+    return f"{weight.bits} bits in groups of {group}{offsets}"

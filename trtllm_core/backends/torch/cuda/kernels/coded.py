@@ -1,0 +1,256 @@
+"""A quantised weight's product with one row, in one pass over its codes, with what follows it: see ``gemv``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, act
+from trtllm_core.backends.torch.cuda.kernels.gemv import Tiling
+from trtllm_core.backends.torch.cuda.support import launch_options
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A quantised weight as kernels read it."""
+
+    codes: torch.Tensor
+    """uint8 ``[out, groups, group_size * bits / 8]``, as of ``QuantizedWeight``."""
+    scales: torch.Tensor
+    """Floating point ``[out, groups]``."""
+    offsets: torch.Tensor | None
+    """As ``scales``: an integer is worth ``scale * code + offset``; None: ``-scale * 2 ** (bits - 1)``."""
+    bits: int
+    group_size: int
+    float8: bool = False
+    """Whether codes are numbers of e4m3, worth ``scale * code``, with one scale a row."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        out, groups = self.scales.shape
+        return out, groups * self.group_size
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row has one scale, and no offset."""
+        return self.scales.shape[1] == 1 and self.offsets is None
+
+
+CODED_TILINGS = (
+    Tiling(4, 2048, 2),
+    Tiling(4, 4096, 4),
+    Tiling(8, 2048, 4),
+    Tiling(2, 4096, 4),
+    Tiling(8, 1024, 2),
+)
+"""What is tried when a product is measured; the first is taken for what is too small to be."""
+
+_ONE = 0x3F800000
+"""The bits of 1.0. An argument, not a constant, so that it is in a register: then one instruction masks and merges."""
+
+
+def coded_gemv(
+    x: torch.Tensor,
+    weight: Codes,
+    bias: torch.Tensor | None,
+    tiling: Tiling,
+    *,
+    activation: str = "none",
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``gemv``. The weight has a multiple of 32 input features; ``tiling.columns`` is one of 32 * 2**n."""
+    out_features, in_features = weight.shape
+    if gated:
+        out_features //= 2
+    out = residual
+    if out is None:
+        out = torch.empty(1, out_features, dtype=x.dtype, device=x.device)
+    _coded_gemv[(triton.cdiv(out_features, tiling.rows),)](
+        x,
+        weight.codes.view(torch.int32),
+        weight.scales,
+        weight.scales if weight.offsets is None else weight.offsets,
+        weight.scales if bias is None else bias,
+        out,
+        out_features,
+        in_features * weight.bits // 32,
+        _ONE,
+        ROWS=2 * tiling.rows if gated else tiling.rows,
+        WORDS=tiling.columns * weight.bits // 32,
+        BITS=weight.bits,
+        GROUP=0 if weight.whole else weight.group_size,
+        FLOAT8=weight.float8,
+        OFFSETS=weight.offsets is not None,
+        KIND=NAMES.index(activation),
+        GATED=gated,
+        BIASED=bias is not None,
+        ADDED=residual is not None,
+        num_warps=tiling.warps,
+        **launch_options(x.device),
+    )
+    return out
+
+
+@triton.jit
+def _floats(words, K: tl.constexpr):
+    """Number ``K`` of e4m3 of each word, divided by 2 ** 120: its bits are those of a float32, but for the exponent's
+    upper half. A shift that keeps the sign brings the rest in place."""
+    return (((words << (24 - 8 * K)) >> 4) & -0x78100000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _numbers(words, K: tl.constexpr, BITS: tl.constexpr, one):
+    """Code number ``K`` of each word, as ``1 + code / 2 ** BITS``: the bits after the point are the code's."""
+    place: tl.constexpr = 23 - BITS - K * BITS
+    mask: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
+    moved = words << place if place >= 0 else words >> -place
+    return ((moved & mask) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _word_sums(sums, words, x, WORDS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, one):
+    """``sums [WORDS, rows]`` and the sum of each word's numbers times their ``x [WORDS, 32 / BITS]``; and the sum of
+    ``x`` alone, ``[WORDS, 1]``."""
+    if BITS == 4:
+        even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2, 2]))
+        even0, even1 = tl.split(even)
+        odd0, odd1 = tl.split(odd)
+        x0, x4 = tl.split(even0)
+        x2, x6 = tl.split(even1)
+        x1, x5 = tl.split(odd0)
+        x3, x7 = tl.split(odd1)
+        sums += _numbers(words, 0, 4, one) * x0[:, None]
+        sums += _numbers(words, 1, 4, one) * x1[:, None]
+        sums += _numbers(words, 2, 4, one) * x2[:, None]
+        sums += _numbers(words, 3, 4, one) * x3[:, None]
+        sums += _numbers(words, 4, 4, one) * x4[:, None]
+        sums += _numbers(words, 5, 4, one) * x5[:, None]
+        sums += _numbers(words, 6, 4, one) * x6[:, None]
+        sums += _numbers(words, 7, 4, one) * x7[:, None]
+        plain = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+    else:
+        even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        plain = (x0 + x1) + (x2 + x3)
+    if FLOAT8:
+        sums += _floats(words, 0) * x0[:, None]
+        sums += _floats(words, 1) * x1[:, None]
+        sums += _floats(words, 2) * x2[:, None]
+        sums += _floats(words, 3) * x3[:, None]
+    elif BITS == 8:
+        sums += _numbers(words, 0, 8, one) * x0[:, None]
+        sums += _numbers(words, 1, 8, one) * x1[:, None]
+        sums += _numbers(words, 2, 8, one) * x2[:, None]
+        sums += _numbers(words, 3, 8, one) * x3[:, None]
+    return sums, plain[:, None]
+
+
+@triton.jit(do_not_specialize=["width"])
+def _coded_gemv(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    offsets_ptr,
+    bias_ptr,
+    out_ptr,
+    out_features,
+    width,
+    one,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # A thread has a word of each row, four bytes of codes, and the elements of x that meet them.
+    size: tl.constexpr = 32 // BITS
+    whole: tl.constexpr = GROUP == 0  # a scale a row
+    share: tl.constexpr = max(1, GROUP // size)  # words that share a scale
+    groups = width // share
+    step = tl.arange(0, ROWS)
+    if GATED:  # rows of the gate, and as many of the other
+        half: tl.constexpr = ROWS // 2
+        out_row = tl.program_id(0) * half + step % half
+        live = out_row < out_features
+        row = tl.where(step < half, out_row, out_features + out_row)
+    else:
+        row = tl.program_id(0) * ROWS + step
+        live = row < out_features
+    row = row.to(tl.int64)
+    word = tl.arange(0, WORDS)
+    element = tl.arange(0, size)
+    at = words_ptr + row[None, :] * width + word[:, None]
+    scale_at = scales_ptr + row[None, :] * groups
+    offset_at = offsets_ptr + row[None, :] * groups
+    # The first codes are on their way before the kernel waits for the one before it.
+    mask = live[None, :] & (word < width)[:, None]
+    words = tl.load(at, mask=mask, other=0)
+    if not whole:
+        scales = tl.load(scale_at + (word // share)[:, None], mask=mask, other=0.0)
+    if OFFSETS:
+        offsets = tl.load(offset_at + (word // share)[:, None], mask=mask, other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = tl.zeros((WORDS, ROWS), tl.float32)
+    plains = tl.zeros((WORDS, 1), tl.float32)
+    for start in range(0, width, WORDS):
+        later = start + WORDS + word
+        mask = live[None, :] & (later < width)[:, None]
+        next_words = tl.load(at + (start + WORDS), mask=mask, other=0)
+        if not whole:
+            next_scales = tl.load(scale_at + (later // share)[:, None], mask=mask, other=0.0)
+        if OFFSETS:
+            next_offsets = tl.load(offset_at + (later // share)[:, None], mask=mask, other=0.0)
+        now = start + word
+        x = tl.load(x_ptr + now[:, None] * size + element[None, :], mask=(now < width)[:, None], other=0.0)
+        x = x.to(tl.float32)
+        # Numbers are 1 + code / 2 ** BITS.
+        if whole:
+            sums, plain = _word_sums(sums, words, x, WORDS, BITS, FLOAT8, one)
+            plains += plain
+        else:
+            worth, plain = _word_sums(tl.zeros((WORDS, ROWS), tl.float32), words, x, WORDS, BITS, False, one)
+            worth *= 1 << BITS
+        if OFFSETS:
+            sums += scales.to(tl.float32) * (worth - plain * (1 << BITS))
+            sums += offsets.to(tl.float32) * plain
+            offsets = next_offsets
+        elif not whole:
+            sums += scales.to(tl.float32) * (worth - plain * (3 << (BITS - 1)))
+        words = next_words
+        if not whole:
+            scales = next_scales
+    if FLOAT8:
+        y = tl.sum(sums, 0) * 1.329227995784916e36
+    elif whole:
+        y = tl.sum(sums * (1 << BITS) - plains * (3 << (BITS - 1)), 0)
+    else:
+        y = tl.sum(sums, 0)
+    if whole:
+        y *= tl.load(scales_ptr + row, mask=live, other=0.0).to(tl.float32)
+    if BIASED:
+        y += tl.load(bias_ptr + row, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        gate, other = tl.split(tl.permute(tl.reshape(y, [2, ROWS // 2]), [1, 0]))
+        y = act(gate, KIND) * other
+        row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        live = row < out_features
+    else:
+        y = act(y, KIND)
+    if ADDED:
+        y += tl.load(out_ptr + row, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=live)

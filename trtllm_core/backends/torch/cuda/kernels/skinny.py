@@ -1,0 +1,264 @@
+"""Products of few rows, in one pass over a weight, which may be quantised: its codes become numbers in registers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_core.backends.torch.cuda.kernels.coded import Codes
+from trtllm_core.backends.torch.cuda.support import launch_options, up
+
+
+class Blocks(NamedTuple):
+    """How a product of few rows is cut up."""
+
+    out: int
+    """Rows of the weight, in one program."""
+    columns: int
+    """Of these, at a time."""
+    splits: int
+    """Programs that share the columns of a row."""
+    warps: int
+    stages: int
+    """Steps that are loaded ahead."""
+
+
+BLOCKS = (
+    Blocks(64, 128, 1, 4, 4),
+    Blocks(32, 256, 1, 4, 3),
+    Blocks(64, 128, 4, 4, 4),
+    Blocks(128, 128, 4, 4, 3),
+)
+"""What is tried when a product is measured; the first is taken for what is too small to be."""
+
+MOST_ROWS = 64
+"""Of ``x``, in one program."""
+
+_COMBINED = 1024
+
+
+def skinny(
+    x: torch.Tensor,
+    weight: torch.Tensor | Codes,
+    bias: torch.Tensor | None,
+    blocks: Blocks,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x Wᵀ + b + residual``, by the matrix units.
+
+    Args:
+        x: ``[rows, in]``, bfloat16 or float16, each row contiguous.
+        weight: ``[out, in]`` in the type of ``x``, contiguous, or quantised, with a multiple of 32 input features.
+        bias: ``[out]``; None: none.
+        blocks: any; it decides about the time, and nothing else but the last bits.
+        residual: ``[rows, out]``, overwritten with the result; None: none.
+
+    Returns:
+        ``[rows, out]``.
+    """
+    rows, (out_features, in_features) = x.shape[0], weight.shape
+    plain = isinstance(weight, torch.Tensor)
+    stored = weight if isinstance(weight, torch.Tensor) else weight.codes
+    scales = stored if isinstance(weight, torch.Tensor) else weight.scales
+    offsets = None if isinstance(weight, torch.Tensor) else weight.offsets
+    float8 = not isinstance(weight, torch.Tensor) and weight.float8
+    whole = not isinstance(weight, torch.Tensor) and weight.whole
+    group = 0 if isinstance(weight, torch.Tensor) or whole else weight.group_size
+    out = residual
+    if out is None:
+        out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    splits = min(blocks.splits, triton.cdiv(in_features, blocks.columns))
+    partial = out
+    if splits > 1:
+        partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
+    tile = min(MOST_ROWS, max(8, up(rows)))
+    options = launch_options(x.device)
+    _skinny[(triton.cdiv(out_features, blocks.out), triton.cdiv(rows, tile), splits)](
+        x,
+        stored.view(torch.float8_e4m3fn) if float8 else stored,
+        scales,
+        scales if offsets is None else offsets,
+        stored if bias is None else bias,
+        partial,
+        rows,
+        out_features,
+        in_features,
+        x.stride(0),
+        OUT=blocks.out,
+        ROWS=tile,
+        COLUMNS=blocks.columns,
+        SPLITS=splits,
+        BITS=16 if plain or float8 else weight.bits,  # type: ignore[union-attr]
+        GROUP=group,
+        SCALED=whole,
+        OFFSETS=offsets is not None,
+        BIASED=bias is not None,
+        ADDED=residual is not None,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        **options,
+    )
+    if splits > 1:
+        _combine[(rows, triton.cdiv(out_features, _COMBINED))](
+            partial,
+            scales,
+            stored if bias is None else bias,
+            out,
+            rows,
+            out_features,
+            SPLITS=splits,
+            SCALED=whole,
+            BIASED=bias is not None,
+            ADDED=residual is not None,
+            BLOCK=_COMBINED,
+            num_warps=4,
+            **options,
+        )
+    return out
+
+
+@triton.jit
+def _worth(codes, scales, bases, PLACE: tl.constexpr, BITS: tl.constexpr):
+    """Codes of ``BITS`` at bit ``PLACE``, as ``1 + code / 2 ** BITS``, times scales and plus bases: float32."""
+    up: tl.constexpr = 23 - BITS - PLACE
+    mask: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
+    number = (((codes << up) & mask) | 0x3F800000).to(tl.float32, bitcast=True)
+    return number * scales + bases
+
+
+@triton.jit
+def _spread(numbers, OUT: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """``[OUT, GROUPS] -> [OUT, WIDTH]``, each of them for its share of the columns; or ``[OUT, 1]`` as it is."""
+    if GROUPS > 1:
+        wide = tl.broadcast_to(numbers[:, :, None], (OUT, GROUPS, WIDTH // GROUPS))
+        numbers = tl.reshape(wide, (OUT, WIDTH))
+    return numbers
+
+
+@triton.jit
+def _skinny(
+    x_ptr,
+    weight_ptr,
+    scales_ptr,
+    offsets_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    out_features,
+    in_features,
+    x_stride,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # A place is what is loaded as one: a number, or a byte of codes.
+    each: tl.constexpr = 2 if BITS == 4 else 1
+    places: tl.constexpr = COLUMNS // each
+    groups: tl.constexpr = max(1, COLUMNS // GROUP) if GROUP > 0 else 1
+    out = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live, given = out < out_features, row < rows
+    width = in_features // each
+    place = tl.arange(0, places)
+    weight_at = weight_ptr + out.to(tl.int64)[:, None] * width
+    x_at = x_ptr + row.to(tl.int64)[None, :] * x_stride
+    span = tl.cdiv(tl.cdiv(in_features, COLUMNS), SPLITS) * COLUMNS
+    first = tl.program_id(2) * span
+    last = min(first + span, in_features)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = tl.zeros((OUT, ROWS), tl.float32)
+    for start in range(first, last, COLUMNS):
+        now = start // each + place
+        inside = now < last // each
+        weight = tl.load(weight_at + now[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        mask = inside[:, None] & given[None, :]
+        x = tl.load(x_at + now[:, None] * each, mask=mask, other=0.0)
+        if BITS == 16:
+            if weight.dtype != x.dtype:
+                weight = weight.to(tl.float32)  # on the straight road, one instruction converts one number at a time
+            sums = tl.dot(weight.to(x.dtype), x, sums)
+        else:
+            codes = weight.to(tl.int32)
+            if GROUP == 0:
+                scales = tl.full((OUT, 1), 1 << BITS, tl.float32)
+                bases = tl.full((OUT, 1), -(3 << (BITS - 1)), tl.float32)
+            else:
+                group = start // GROUP + tl.arange(0, groups)
+                at = out.to(tl.int64)[:, None] * (in_features // GROUP) + group[None, :]
+                there = live[:, None] & (group < in_features // GROUP)[None, :]
+                scales = tl.load(scales_ptr + at, mask=there, other=0.0).to(tl.float32)
+                if OFFSETS:
+                    bases = tl.load(offsets_ptr + at, mask=there, other=0.0).to(tl.float32) - scales * (1 << BITS)
+                else:
+                    bases = scales * -(3 << (BITS - 1))
+                scales = _spread(scales * (1 << BITS), OUT, places, groups)
+                bases = _spread(bases, OUT, places, groups)
+            sums = tl.dot(_worth(codes, scales, bases, 0, BITS).to(x.dtype), x, sums)
+            if BITS == 4:
+                x = tl.load(x_at + now[:, None] * each + 1, mask=mask, other=0.0)
+                sums = tl.dot(_worth(codes, scales, bases, 4, BITS).to(x.dtype), x, sums)
+    at = row.to(tl.int64)[None, :] * out_features + out[:, None]
+    mask = live[:, None] & given[None, :]
+    if SPLITS > 1:
+        tl.store(out_ptr + tl.program_id(2).to(tl.int64) * rows * out_features + at, sums, mask=mask)
+    else:
+        if SCALED:
+            sums *= tl.load(scales_ptr + out, mask=live, other=0.0).to(tl.float32)[:, None]
+        if BIASED:
+            sums += tl.load(bias_ptr + out, mask=live, other=0.0).to(tl.float32)[:, None]
+        if ADDED:
+            sums += tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _combine(
+    partial_ptr,
+    scales_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    out_features,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The sum of what ``_skinny`` left in several parts."""
+    row = tl.program_id(0).to(tl.int64)
+    out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = out < out_features
+    if SCALED:
+        scales = tl.load(scales_ptr + out, mask=live, other=0.0).to(tl.float32)
+    if BIASED:
+        bias = tl.load(bias_ptr + out, mask=live, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * out_features + out
+    y = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        y += tl.load(partial_ptr + split * rows.to(tl.int64) * out_features + at, mask=live, other=0.0)
+    if SCALED:
+        y *= scales
+    if BIASED:
+        y += bias
+    if ADDED:
+        y += tl.load(out_ptr + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
