@@ -7,7 +7,6 @@ a replayed graph over weights that no cache holds, and what share of 4685 GB/s t
 from __future__ import annotations
 
 import sys
-from itertools import product as combinations
 
 import torch
 

@@ -1,8 +1,9 @@
-"""How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [--eager]``.
+"""How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [--eager] [--quant fp8]``.
 
 For each batch: tokens a second of ``ModelRunner.generate`` after the first one, greedy; the time until the first one;
 and the time of the engine's part of a step alone (inputs, forward pass, logits), with the bytes that it must read.
-Random weights. ``--eager``: without graphs and kernels of our own.
+Random weights. ``--eager``: without graphs and kernels of our own. ``--quant``: fp8, int8 or int4, ``int4:128`` for
+groups of 128 without zero points.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import torch
 from trtllm_core import BuildConfig, ModelRunner, SamplingConfig
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.cli.bench.random_engine import random_runner
+from trtllm_core.config import QuantizationConfig
 
 LONGEST, REPEATS, STEPS = 512, 3, 30
 
 
-def load(shape: str, batch: int, graphs: bool) -> ModelRunner:
+def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> ModelRunner:
     """A runner over random weights."""
     limits = BuildConfig(max_batch_size=batch, max_seq_len=LONGEST, max_input_len=LONGEST - 1, max_num_tokens=8192)
+    if quant is not None:
+        weights, _, group = quant.partition(":")
+        wish = {"group_size": int(group), "symmetric": True if weights == "int4" else None} if group else {}
+        limits = limits.replace(quantization=QuantizationConfig(weights=weights, **wish))  # type: ignore[arg-type]
     return random_runner(shape, limits, "cuda", cuda_graphs=graphs)
 
 
@@ -71,12 +77,13 @@ def executed(engine: TorchExecutable, batch: int, past: int) -> float:
 
 def main() -> None:
     shape, batches = sys.argv[1], [int(batch) for batch in sys.argv[2].split(",")]
-    runner = load(shape, max(batches), "--eager" not in sys.argv)
+    quant = sys.argv[sys.argv.index("--quant") + 1] if "--quant" in sys.argv else None
+    runner = load(shape, max(batches), "--eager" not in sys.argv, quant)
     engine = runner.generation.session.engine
     assert isinstance(engine, TorchExecutable)
     model = engine.config.model
     table = 0 if engine.module.head is None else model.vocab_size * model.hidden_size * 2  # of a step, a few rows
-    print(torch.cuda.get_device_name(), torch.__version__, shape, model.dtype)
+    print(torch.cuda.get_device_name(), torch.__version__, shape, quant or model.dtype)
     for batch in batches:
         prompt, new = (128, 255) if batch == 1 else (256, 64)
         rate, first = generated(runner, batch, prompt, new)
