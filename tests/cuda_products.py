@@ -1,7 +1,8 @@
 """How fast single products are on a GPU: ``python -m tests.cuda_products llama-3-8b 1,8,32 bf16,fp8,int4 [--wide]``.
 
 For each product of a shape, by rows and kind of weight: microseconds by the library and by the fastest ways of ours, in
-a replayed graph over weights that no cache holds, and what share of 4685 GB/s that is. ``--wide`` tries more ways.
+a replayed graph over weights that no cache holds, and what share of 4685 GB/s that is. ``--wide`` tries more ways;
+``--part qkv``, which comes last, leaves out other products.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import sys
 
 import torch
 
-from trtllm_core.backends.torch.cuda.codes import codes_of
 from trtllm_core.backends.torch.cuda.kernels.coded import Codes
 from trtllm_core.backends.torch.cuda.kernels.gemv import Tiling
 from trtllm_core.backends.torch.cuda.kernels.skinny import Blocks
 from trtllm_core.backends.torch.cuda.product import Product
 from trtllm_core.backends.torch.cuda.tuning import SAMPLED, Way, candidates, timed
+from trtllm_core.backends.torch.cuda.weights import codes_of
 from trtllm_core.config import QuantizedLayer
 from trtllm_core.nn import Linear
 from trtllm_core.quantize import part_shapes
@@ -112,7 +113,10 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, name)
     for kind in kinds:
         total: dict[int, list[float]] = {count: [0.0, 0.0] for count in rows}
-        for part, shape in SHAPES[name].items():
+        parts = (
+            SHAPES[name] if "--part" not in sys.argv else {one: SHAPES[name][one] for one in sys.argv[-1].split(",")}
+        )
+        for part, shape in parts.items():
             held = weights(kind, shape)
             gated = part == "gate_up"
             product = Product("silu" if gated else "none", gated, part in ("output", "down"))

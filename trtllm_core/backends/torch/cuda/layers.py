@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trtllm_core.backends.torch.cuda.codes import codes_of
 from trtllm_core.backends.torch.cuda.kernels.coded import Codes
 from trtllm_core.backends.torch.cuda.kernels.norm import norm
 from trtllm_core.backends.torch.cuda.product import FUNCTIONS, Product, activate
 from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.cuda.tuning import SAMPLED, Choice, Tunings
+from trtllm_core.backends.torch.cuda.weights import codes_of
 from trtllm_core.nn import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, RowLinear
 from trtllm_core.nn.mlp import Activation
 from trtllm_core.nn.norm import Norm

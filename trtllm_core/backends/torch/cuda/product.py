@@ -55,13 +55,16 @@ class Product:
         """``x [rows, in]``, and all that follows.
 
         Args:
-            how: one row and what follows by one kernel; few rows by one or two; None: the library.
+            how: one row, or few, and what follows by kernels; None: by the library.
             residual: overwritten with the result; see ``gemv``.
             fused: whether the activation is a kernel of ours, where it is one by itself.
         """
-        if isinstance(how, Tiling):
-            if isinstance(weight, torch.Tensor):
-                return gemv(x, weight, bias, how, activation=self.activation, gated=self.gated, residual=residual)
-            return coded_gemv(x, weight, bias, how, activation=self.activation, gated=self.gated, residual=residual)
-        y = library_product(x, weight, bias, residual) if how is None else skinny(x, weight, bias, how, residual)
-        return y if self.activation == "none" else activate(y, self.activation, self.gated, fused)
+        if how is None:
+            y = library_product(x, weight, bias, residual)
+            return y if self.activation == "none" else activate(y, self.activation, self.gated, fused)
+        kind, gated = self.activation, self.gated
+        if isinstance(how, Blocks):
+            return skinny(x, weight, bias, how, activation=kind, gated=gated, residual=residual)
+        if isinstance(weight, torch.Tensor):
+            return gemv(x, weight, bias, how, activation=kind, gated=gated, residual=residual)
+        return coded_gemv(x, weight, bias, how, activation=kind, gated=gated, residual=residual)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ import triton
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cuda.kernels.coded import CODED_TILINGS, Codes
 from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling
-from trtllm_core.backends.torch.cuda.kernels.skinny import BLOCKS, Blocks
+from trtllm_core.backends.torch.cuda.kernels.skinny import BLOCKS, CODED_BLOCKS, Blocks
 from trtllm_core.backends.torch.cuda.product import Product
 from trtllm_core.backends.torch.cuda.support import up
 
@@ -29,9 +30,12 @@ SAMPLED = 1 << 30
 CALLS = 32
 """Products in one measurement, over different weights where there are some: none should lie in the cache already."""
 
-FEW = 8
-"""Rows up to which a product with weights of 16 bits may have a kernel of ours, and one with weights of e4m3 has
-activations that are not rounded. From there on they are the library's."""
+FEWEST = 8
+"""Rows of the smallest bucket beyond one: the matrix units take no fewer."""
+
+FEW = 64
+"""Rows up to which a product may have a kernel of ours. From there on it is the library's, which beside weights of e4m3
+rounds activations: where it does is no matter of measurements, because results depend on it."""
 
 FEW_OF_CODES = 128
 """The same of integers, which the library must dequantise first."""
@@ -123,7 +127,7 @@ class Choice:
         before it is."""
         if rows > self._most:
             return None
-        bucket = up(rows)
+        bucket = 1 if rows == 1 else max(FEWEST, up(rows))
         if bucket not in self._known:
             self._known[bucket] = self._tunings.choose(self._product, self._weights, self._bias, bucket)
             self._tunings.save()
@@ -136,19 +140,21 @@ def most_rows(weight: torch.Tensor | Codes) -> int:
 
 
 def candidates(weight: torch.Tensor | Codes, rows: int) -> Sequence[Way]:
-    """What is tried for a product, the likeliest first. For integers the library is the last resort, and for numbers of
-    e4m3 something else: it rounds activations."""
+    """What is tried for a product, the likeliest first. For codes the library is the last resort."""
     if isinstance(weight, torch.Tensor):
         return (*TILINGS, None) if rows == 1 else (None, *BLOCKS)
     one: Sequence[Way] = CODED_TILINGS if rows == 1 else ()
-    return (*one, *BLOCKS) if weight.float8 or rows <= FEW else (*BLOCKS, None)
+    return (*one, *CODED_BLOCKS) if weight.float8 or rows <= FEWEST else (*CODED_BLOCKS, None)
 
 
 def measured(
     product: Product, weights: Sequence[torch.Tensor | Codes], bias: torch.Tensor | None, rows: int
 ) -> list[int] | None:
-    """The fastest of the candidates, by the median of replayed graphs."""
-    times = {way: timed(product, way, weights, bias, rows) for way in candidates(weights[0], rows)}
+    """The fastest of the candidates, by the median of replayed graphs. What needs more than the GPU has is none."""
+    times = {}
+    for way in candidates(weights[0], rows):
+        with suppress(triton.runtime.errors.OutOfResources):
+            times[way] = timed(product, way, weights, bias, rows)
     best = min(times, key=lambda way: times[way])
     report = {str(way and tuple(way)): f"{1e3 * time:.1f}" for way, time in times.items()}
     _log.info("%s: us a product %s", _key(product, weights[0], bias is not None, rows), report)

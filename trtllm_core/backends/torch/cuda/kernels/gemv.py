@@ -31,6 +31,7 @@ TILINGS = (
     Tiling(8, 1024, 8),
     Tiling(2, 2048, 4),
     Tiling(16, 256, 4),
+    Tiling(16, 512, 4),
 )
 """What is tried when a product is measured; the first is taken for what is too small to be."""
 

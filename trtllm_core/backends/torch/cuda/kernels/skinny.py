@@ -1,4 +1,5 @@
-"""Products of few rows, in one pass over a weight, which may be quantised: its codes become numbers in registers."""
+"""Products of few rows, with what follows them, in one pass over a weight. It may be quantised: its codes become
+numbers in registers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, act
 from trtllm_core.backends.torch.cuda.kernels.coded import Codes
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 
@@ -29,11 +31,24 @@ class Blocks(NamedTuple):
 
 BLOCKS = (
     Blocks(64, 128, 1, 4, 4),
-    Blocks(32, 256, 1, 4, 3),
-    Blocks(64, 128, 4, 4, 4),
-    Blocks(128, 128, 4, 4, 3),
+    Blocks(128, 128, 2, 8, 4),
+    Blocks(64, 128, 2, 4, 5),
+    Blocks(64, 256, 2, 4, 3),
+    Blocks(128, 128, 1, 8, 4),
+    Blocks(32, 256, 1, 2, 4),
 )
 """What is tried when a product is measured; the first is taken for what is too small to be."""
+
+CODED_BLOCKS = (
+    Blocks(64, 128, 1, 4, 4),
+    Blocks(64, 256, 1, 4, 3),
+    Blocks(64, 256, 2, 4, 3),
+    Blocks(64, 256, 4, 4, 3),
+    Blocks(64, 128, 4, 4, 4),
+    Blocks(128, 128, 2, 8, 4),
+    Blocks(128, 128, 4, 4, 3),
+)
+"""The same for quantised weights, whose numbers take longer to make."""
 
 MOST_ROWS = 64
 """Of ``x``, in one program."""
@@ -46,38 +61,48 @@ def skinny(
     weight: torch.Tensor | Codes,
     bias: torch.Tensor | None,
     blocks: Blocks,
+    *,
+    activation: str = "none",
+    gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x Wᵀ + b + residual``, by the matrix units.
+    """See ``gemv``: the same of several rows, by the matrix units.
 
     Args:
         x: ``[rows, in]``, bfloat16 or float16, each row contiguous.
         weight: ``[out, in]`` in the type of ``x``, contiguous, or quantised, with a multiple of 32 input features.
         bias: ``[out]``; None: none.
         blocks: any; it decides about the time, and nothing else but the last bits.
+        activation, gated: as of ``gemv``.
         residual: ``[rows, out]``, overwritten with the result; None: none.
 
     Returns:
-        ``[rows, out]``.
+        ``[rows, out]``; gated, ``[rows, out / 2]``.
     """
-    rows, (out_features, in_features) = x.shape[0], weight.shape
-    plain = isinstance(weight, torch.Tensor)
+    (rows, _), (features, in_features) = x.shape, weight.shape
+    codes = None if isinstance(weight, torch.Tensor) else weight
     stored = weight if isinstance(weight, torch.Tensor) else weight.codes
-    scales = stored if isinstance(weight, torch.Tensor) else weight.scales
-    offsets = None if isinstance(weight, torch.Tensor) else weight.offsets
-    float8 = not isinstance(weight, torch.Tensor) and weight.float8
-    whole = not isinstance(weight, torch.Tensor) and weight.whole
-    group = 0 if isinstance(weight, torch.Tensor) or whole else weight.group_size
+    scales = stored if codes is None else codes.scales
+    float8, whole = codes is not None and codes.float8, codes is not None and codes.whole
+    offsets = None if codes is None else codes.offsets
+    out_features = features // 2 if gated else features
     out = residual
     if out is None:
         out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     splits = min(blocks.splits, triton.cdiv(in_features, blocks.columns))
     partial = out
     if splits > 1:
-        partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
+        partial = torch.empty(splits, rows, features, dtype=torch.float32, device=x.device)
     tile = min(MOST_ROWS, max(8, up(rows)))
-    options = launch_options(x.device)
-    _skinny[(triton.cdiv(out_features, blocks.out), triton.cdiv(rows, tile), splits)](
+    after = {
+        "KIND": NAMES.index(activation),
+        "GATED": gated,
+        "SCALED": whole,
+        "BIASED": bias is not None,
+        "ADDED": residual is not None,
+        **launch_options(x.device),
+    }
+    _skinny[(triton.cdiv(features, blocks.out), triton.cdiv(rows, tile), splits)](
         x,
         stored.view(torch.float8_e4m3fn) if float8 else stored,
         scales,
@@ -92,15 +117,12 @@ def skinny(
         ROWS=tile,
         COLUMNS=blocks.columns,
         SPLITS=splits,
-        BITS=16 if plain or float8 else weight.bits,  # type: ignore[union-attr]
-        GROUP=group,
-        SCALED=whole,
+        BITS=16 if codes is None or float8 else codes.bits,
+        GROUP=0 if codes is None or whole else codes.group_size,
         OFFSETS=offsets is not None,
-        BIASED=bias is not None,
-        ADDED=residual is not None,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        **options,
+        **after,
     )
     if splits > 1:
         _combine[(rows, triton.cdiv(out_features, _COMBINED))](
@@ -111,12 +133,9 @@ def skinny(
             rows,
             out_features,
             SPLITS=splits,
-            SCALED=whole,
-            BIASED=bias is not None,
-            ADDED=residual is not None,
             BLOCK=_COMBINED,
             num_warps=4,
-            **options,
+            **after,
         )
     return out
 
@@ -139,7 +158,7 @@ def _spread(numbers, OUT: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexp
     return numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _skinny(
     x_ptr,
     weight_ptr,
@@ -157,8 +176,10 @@ def _skinny(
     SPLITS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
     OFFSETS: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     PDL: tl.constexpr,
@@ -167,9 +188,17 @@ def _skinny(
     each: tl.constexpr = 2 if BITS == 4 else 1
     places: tl.constexpr = COLUMNS // each
     groups: tl.constexpr = max(1, COLUMNS // GROUP) if GROUP > 0 else 1
-    out = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    half: tl.constexpr = OUT // 2
+    step = tl.arange(0, OUT)
+    if GATED and SPLITS == 1:  # rows of the gate, and as many of the other
+        first_out = tl.program_id(0) * half
+        live = first_out + step % half < out_features
+        out = first_out + step % half + tl.where(step < half, 0, out_features)
+    else:
+        out = tl.program_id(0) * OUT + step
+        live = out < (2 * out_features if GATED else out_features)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    live, given = out < out_features, row < rows
+    given = row < rows
     width = in_features // each
     place = tl.arange(0, places)
     weight_at = weight_ptr + out.to(tl.int64)[:, None] * width
@@ -211,21 +240,30 @@ def _skinny(
             if BITS == 4:
                 x = tl.load(x_at + now[:, None] * each + 1, mask=mask, other=0.0)
                 sums = tl.dot(_worth(codes, scales, bases, 4, BITS).to(x.dtype), x, sums)
-    at = row.to(tl.int64)[None, :] * out_features + out[:, None]
-    mask = live[:, None] & given[None, :]
     if SPLITS > 1:
-        tl.store(out_ptr + tl.program_id(2).to(tl.int64) * rows * out_features + at, sums, mask=mask)
+        width = 2 * out_features if GATED else out_features
+        at = (tl.program_id(2).to(tl.int64) * rows + row[None, :]) * width + out[:, None]
+        tl.store(out_ptr + at, sums, mask=live[:, None] & given[None, :])
     else:
         if SCALED:
             sums *= tl.load(scales_ptr + out, mask=live, other=0.0).to(tl.float32)[:, None]
         if BIASED:
             sums += tl.load(bias_ptr + out, mask=live, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            gate, other = tl.split(tl.permute(tl.reshape(sums, (2, half, ROWS)), (1, 2, 0)))
+            sums = act(gate, KIND) * other
+            out = first_out + tl.arange(0, half)
+            live = out < out_features
+        else:
+            sums = act(sums, KIND)
+        at = row.to(tl.int64)[None, :] * out_features + out[:, None]
+        mask = live[:, None] & given[None, :]
         if ADDED:
             sums += tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine(
     partial_ptr,
     scales_ptr,
@@ -234,31 +272,57 @@ def _combine(
     rows,
     out_features,
     SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The sum of what ``_skinny`` left in several parts."""
-    row = tl.program_id(0).to(tl.int64)
+    """The sum of what ``_skinny`` left in several parts, and what follows it."""
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = out < out_features
-    if SCALED:
-        scales = tl.load(scales_ptr + out, mask=live, other=0.0).to(tl.float32)
-    if BIASED:
-        bias = tl.load(bias_ptr + out, mask=live, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    at = row * out_features + out
+    y = _combined(partial_ptr, scales_ptr, bias_ptr, rows, out_features, out, 0, SPLITS, BLOCK, GATED, SCALED, BIASED)
+    y = act(y, KIND)
+    if GATED:
+        y *= _combined(
+            partial_ptr, scales_ptr, bias_ptr, rows, out_features, out, 1, SPLITS, BLOCK, GATED, SCALED, BIASED
+        )
+    live = out < out_features
+    at = out_ptr + tl.program_id(0).to(tl.int64) * out_features + out
+    if ADDED:
+        y += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _combined(
+    partial_ptr,
+    scales_ptr,
+    bias_ptr,
+    rows,
+    out_features,
+    out,
+    PART: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Of one row, the features ``out`` of the gate (``PART`` 0) or of the other."""
+    live = out < out_features
+    width = 2 * out_features if GATED else out_features
+    column = PART * out_features + out
     y = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
-        y += tl.load(partial_ptr + split * rows.to(tl.int64) * out_features + at, mask=live, other=0.0)
+        line = split * rows + tl.program_id(0)
+        y += tl.load(partial_ptr + line.to(tl.int64) * width + column, mask=live, other=0.0)
     if SCALED:
-        y *= scales
+        y *= tl.load(scales_ptr + column, mask=live, other=0.0).to(tl.float32)
     if BIASED:
-        y += bias
-    if ADDED:
-        y += tl.load(out_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+        y += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
+    return y
