@@ -23,6 +23,8 @@ from trtllm_core.decoding.proposing import propose
 from trtllm_core.decoding.request import Delta, Request
 from trtllm_core.decoding.resting import with_resting
 from trtllm_core.decoding.tail import choose, commit_ahead
+from trtllm_core.decoding.tails import Tails
+from trtllm_core.errors import PluginError
 from trtllm_core.feeding import Feed, Newest, Rows
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
@@ -50,9 +52,11 @@ class StepLoop:
         self._vocab_size = config.model.vocab_size
         self._logits = torch.zeros(config.build.max_branches, config.vocab_size_padded, device=session.device)
         self._offsets = torch.zeros(config.build.max_branches, dtype=torch.int64, device=session.device)
+        self._slot = torch.zeros_like(self._offsets)
         self._at: Positions | None = None  # of the last step without drafts
         self._newest: Flight | None = None  # launched, and not landed
         self._look_ahead = look_ahead
+        self._tails = Tails(branches) if look_ahead and session.device.type == "cuda" else None
         self.use(cache)
 
     def use(self, cache: KVCache) -> None:
@@ -153,6 +157,7 @@ class StepLoop:
         branches, chosen = self.branches, flight.chosen
         table, slots = flight.coming.wait(), chosen.choice.slots
         if flight.ahead is not None:
+            slots = flight.slots
             here = [branches.live.get(slot) is one for slot, one in zip(slots, flight.ahead.branches, strict=True)]
             if not all(here):
                 table, slots = table[here], list(compress(slots, here))
@@ -194,19 +199,30 @@ class StepLoop:
         branches.gathering.note(at.slots_by_position, logits)
         branches.pipeline.prepare(at)
         shown = None if beside is None else branches.companions.shown(at.slots_by_position, beside)
-        chosen = choose(branches, logits, at, shown)
-        coming, failed, ahead = branches.rules.send(chosen.asked), take_failures(branches), None
-        if self.looks_ahead:
-            tokens = commit_ahead(branches, chosen)
-            ahead = Ahead(tuple(branches.live[slot] for slot in slots), tokens, take_failures(branches))
-            branches.slots.ahead[slots] += 1
-        return Flight(chosen, coming, slots, drafts, failed, ahead)
+        if not self.looks_ahead:
+            chosen = choose(branches, logits, at, shown)
+            return Flight(chosen, branches.rules.send(chosen.asked), slots, drafts, take_failures(branches))
+        return self._ask_ahead(logits, at)
+
+    def _ask_ahead(self, logits: torch.Tensor, at: Positions) -> Flight:
+        """The same where the device commits what it chooses."""
+        branches, failed = self.branches, dict[LiveRequest, PluginError]()
+        captured = None if self._tails is None else self._tails.run(logits, at)
+        if captured is None:
+            chosen = choose(branches, logits, at)
+            failed = take_failures(branches)
+            captured = chosen, commit_ahead(branches, chosen)
+        chosen, tokens = captured
+        rows = tuple(branches.live[slot] for slot in at.slots)
+        branches.slots.ahead[at.slots] += 1
+        ahead = Ahead(rows, tokens, take_failures(branches))
+        return Flight(chosen, branches.rules.send(chosen.asked), at.slots, None, failed, ahead)
 
     def _positions(self, slots: list[int], drafts: np.ndarray | None) -> Positions:
         if drafts is not None:
             return self.branches.drafts.positions(slots, drafts.tolist())
         if self._at is None or self._at.slots != slots:  # from step to step it is nearly always the same
-            slot = torch.tensor(slots).to(self.session.device, non_blocking=True)
+            slot = self._slot[: len(slots)].copy_(torch.tensor(slots), non_blocking=True)
             self._at = Positions(slots, slot, self._offsets[: len(slots)])
         return self._at
 
@@ -249,7 +265,7 @@ class StepLoop:
     def _run(self, rows: Rows) -> torch.Tensor:
         """Logits of the asking rows' positions, float32 ``[n, vocab_size_padded]``."""
         last = self._newest
-        ahead = None if last is None or last.ahead is None else Newest(last.chosen.choice.slots, last.ahead.tokens)
+        ahead = None if last is None or last.ahead is None else Newest(last.slots, last.ahead.tokens)
         fed = self._feed.fill(rows, ahead)
         if fed.prompts is not None:
             logits = torch.empty(fed.given, self._logits.shape[1], device=self.session.device)

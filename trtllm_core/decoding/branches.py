@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -103,6 +103,12 @@ class BranchTable:
             return False
         told = self.scored or self.gathering or self.conditions.replaces_tokens
         return not told and self.pipeline.on_device and self.choosers.on_device
+
+    @property
+    def graph_key(self) -> Hashable:
+        """What the device code of all plugins at work depends on; None: some of it cannot be captured as a graph."""
+        keys = self.pipeline.graph_key, self.choosers.graph_key, self.rules.graph_key
+        return None if None in keys else (*keys, self.wants_logits)
 
     def plan(self, request: Request, beside: Iterable[PlanItem] = ()) -> Plan:
         """The plan of a request; ``beside`` as for ``Planner.plan``."""

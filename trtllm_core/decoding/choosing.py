@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,8 +43,12 @@ class SamplingDecoder(Decoder):
         self.commit = sampler.commit  # type: ignore[method-assign]
         self.capabilities: DecoderCapabilities = sampler.capabilities  # type: ignore[misc]
 
-    def setup(self, context: DecodingContext) -> None:
+    @property
+    def graph_key(self) -> Hashable:
         """See ``SlotPlugin``, as all that follows."""
+        return self.sampler.graph_key
+
+    def setup(self, context: DecodingContext) -> None:
         self._ones = torch.ones(context.slots, dtype=torch.int64, device=context.device)
         self.sampler.setup(context)
 

@@ -69,6 +69,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
 
         super().__init__(context, wrap)
         self._work = torch.empty(positions, context.vocab_size_padded, device=context.device)
+        self._wide = self._work  # of verify steps; apart, because graphs hold the address of the other
         self._debug = debug
         self._broken: list[Stage[DeviceLogitsProcessor]] = []  # failed in ``prepare``: ``apply`` passes them over
         self._presets: dict[int, str] = {}
@@ -114,6 +115,8 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             flags = stage.flags if len(names) == len(presets) else stage.flags & self._rows_of(names)
             unscored = any(stage.plugin.phase in PRESETS[name].unscored for name in names)
             self._passes.append(Pass(stage, flags, unscored))
+        if any(each.flags is not each.stage.flags for each in self._passes):
+            self.graph_key = None  # flags of presets are made anew when somebody comes or goes
         scored = {name for name in presets if not PRESETS[name].unscored}
         self._all_scored = self._rows_of(scored) if scored and len(scored) < len(presets) else None
 
@@ -158,9 +161,10 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         passes = [each for each in self._passes if each.stage not in self._broken]
         self._broken.clear()
         while passes:
-            if len(raw) > len(self._work):  # a verify step, with more positions than any before
-                self._work = torch.empty(1 << (len(raw) - 1).bit_length(), raw.shape[1], device=raw.device)
-            logits, scores = self._work[: raw.shape[0]].copy_(raw), None
+            if len(raw) > len(self._wide):  # a verify step, with more positions than any before
+                self._wide = torch.empty(1 << (len(raw) - 1).bit_length(), raw.shape[1], device=raw.device)
+            work = self._work if len(raw) <= len(self._work) else self._wide
+            logits, scores = work[: len(raw)].copy_(raw), None
             for stage, flags, unscored in passes:
                 if scored and unscored and scores is None:
                     scores = logits.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -158,6 +158,9 @@ class Stages(Generic[P]):
         """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
         self.on_device = True
         """Whether all plugins at work are of the device kind."""
+        self.graph_key: Hashable = ()
+        """The plugins at work on the device, and what their code depends on; None: some of it cannot be captured as a
+        CUDA graph."""
         self._all: dict[object, Stage[P]] = {}
         self._of: dict[int, list[Stage[P]]] = {}
         self._spent: dict[str, float] = {}  # seconds of stages that are gone
@@ -280,3 +283,6 @@ class Stages(Generic[P]):
             stage.total = len(stage.members) == len(self._of)
         self.wants_logits = any(stage.wants_logits for stage in live)
         self.on_device = not any(isinstance(stage.plugin, HostAdapter) for stage in live)
+        device = [stage for stage in self.live if not isinstance(stage.plugin, HostAdapter)]
+        safe = all(getattr(stage.plugin.capabilities, "graph_safe", False) for stage in device)  # type: ignore[attr-defined]
+        self.graph_key = tuple((stage, stage.total, stage.plugin.graph_key) for stage in device) if safe else None

@@ -41,14 +41,16 @@ class Everybody:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._flags = torch.ones(rows, dtype=torch.bool, device=device)
+        self._wide = self._flags  # for more rows than those; apart, because graphs hold the address of the others
         self._count, self._view = rows, self._flags
 
     def of(self, count: int) -> torch.Tensor:
         """For ``count`` rows. Read-only."""
         if count != self._count:
-            if count > len(self._flags):
-                self._flags = self._flags.new_ones(1 << (count - 1).bit_length())
-            self._count, self._view = count, self._flags[:count]
+            if count > len(self._wide):
+                self._wide = self._flags.new_ones(1 << (count - 1).bit_length())
+            flags = self._flags if count <= len(self._flags) else self._wide
+            self._count, self._view = count, flags[:count]
         return self._view
 
 
