@@ -1,6 +1,6 @@
 """How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [--eager] [--quant fp8]``.
 
-For each batch: tokens a second of ``ModelRunner.generate`` after the first one, greedy; the time until the first one;
+For each batch: tokens a second of ``ModelRunner.generate``, greedy, while all of it generate; the time until then;
 and the time of the engine's part of a step alone (inputs, forward pass, logits), with the bytes that it must read.
 Random weights. ``--eager``: without graphs and kernels of our own. ``--quant``: fp8, int8 or int4, ``int4:128`` for
 groups of 128 without zero points.
@@ -33,20 +33,24 @@ def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> Mode
 
 
 def generated(runner: ModelRunner, batch: int, prompt: int, new: int) -> tuple[float, float]:
-    """Tokens a second after the first, and seconds until the first: medians."""
+    """Tokens a second while all of the batch generate, and seconds until a batch's first tokens: medians."""
     random = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, runner.config.model.vocab_size, (batch, prompt), generator=random).tolist()
 
-    def seconds(tokens: int) -> float:
+    def run(tokens: int) -> tuple[float, float]:
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        runner.generate(prompts, SamplingConfig(end_id=(), return_dict=True, max_new_tokens=tokens))
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        start, seen, told, since = time.perf_counter(), set[str](), 0, 0.0
+        for delta in runner.generate(prompts, SamplingConfig(end_id=(), max_new_tokens=tokens), streaming=True):
+            if len(seen) < batch:
+                seen.add(delta.request_id)
+                since = time.perf_counter()
+            else:
+                told += len(delta.tokens)
+        return since - start, told / (time.perf_counter() - since) if told else 0.0
 
-    seconds(4)
-    runs = [(seconds(1), seconds(new + 1)) for _ in range(REPEATS)]
-    return median(batch * new / (whole - first) for first, whole in runs), median(first for first, _ in runs)
+    run(8)
+    firsts, rates = zip(*(run(new + 1) for _ in range(REPEATS)), strict=True)
+    return median(rates), median(firsts)
 
 
 def executed(engine: TorchExecutable, batch: int, past: int) -> float:

@@ -52,7 +52,7 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelRunner, Mode
         (DRAWS.replace(repetition_penalty=1.3, frequency_penalty=0.2, no_repeat_ngram_size=2), {}, True),
         (DRAWS.replace(bad_words_list=[[5], [6, 7]], stop_words_list=[[3], [8, 9]], top_p_decay=0.9), {}, True),
         (DRAWS.replace(stopping_criteria=use("confidence", above=0.9, steps=2)), {}, True),
-        (BASE.replace(decoder=use("mirostat")), {}, True),
+        (DRAWS.replace(top_p=0.0, decoder=use("mirostat")), {}, True),
         (DRAWS, {"stopping_criteria": lambda: StopsAt(9)}, True),
         (DRAWS, {"logits_processor": Counts}, False),
         (DRAWS, {"logits_processor": lambda: Counts("apply", 9)}, False),

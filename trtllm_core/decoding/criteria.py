@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trtllm_core.decoding import kernels
 from trtllm_core.decoding.state import SlotTable, accepted, copy_slots
 from trtllm_core.plugin.lifecycle import Example
 from trtllm_core.plugin.stopping import DeviceStoppingCriterion, StoppingCapabilities
@@ -42,6 +43,10 @@ class EndId(DeviceStoppingCriterion):
         self._end_ids.write(slot, view.end_ids)
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
+        if kernels.takes(batch.tokens) and batch.tokens.shape[1] == 1:
+            from trtllm_core.decoding.kernels.ends import end_tokens
+
+            return end_tokens(batch.slot, batch.tokens, batch.counts, batch.active, self._end_ids.rows)
         ends = batch.tokens.unsqueeze(2) == self._end_ids.rows.index_select(0, batch.slot).unsqueeze(1)
         return first_hit(ends.any(dim=2) & accepted(batch))
 
@@ -69,6 +74,10 @@ class MaxTokens(DeviceStoppingCriterion):
         self._limit[slot].fill_(min(len(view.prompt) + view.sampling.max_new_tokens, self._max_seq_len))
 
     def check(self, batch: CommitBatch) -> torch.Tensor:
+        if kernels.takes(batch.slot):
+            from trtllm_core.decoding.kernels.ends import limits_reached
+
+            return limits_reached(batch.slot, batch.counts, batch.active, batch.context.lengths, self._limit)
         last = (self._limit.index_select(0, batch.slot) - batch.context.lengths.index_select(0, batch.slot) - 1).clamp(
             min=0
         )

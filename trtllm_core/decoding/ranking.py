@@ -7,10 +7,10 @@ added up: one request's token never depends on how much of the vocabulary anothe
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib.util import find_spec
 
 import torch
+
+from trtllm_core.decoding import kernels
 
 _ONE = 2.0**32
 """Mass of the largest logit. Of a vocabulary of 2^20 tokens, the sum of all masses still fits into a float64."""
@@ -81,17 +81,12 @@ def border(logits: torch.Tensor, share: torch.Tensor, weights: torch.Tensor | No
     Returns:
         int64 ``[n, 1]``: ids.
     """
-    if logits.is_cuda and logits.shape[1] >= _SHORT and logits.stride(1) == 1 and _has_triton():
+    if kernels.takes(logits) and logits.shape[1] >= _SHORT and logits.stride(1) == 1:
         from trtllm_core.decoding.kernels.nucleus import nucleus_border
 
         return nucleus_border(logits, share)
     weights = masses(logits) if weights is None else weights
     return crossing(logits, weights, part(share, weights.sum(dim=1, keepdim=True)))
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def crossing(values: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from trtllm_core.decoding import kernels
 from trtllm_core.decoding.random import batch_uniform, draw_salt
 from trtllm_core.decoding.ranking import border, largest, masses, part, reaches
 from trtllm_core.decoding.state import copy_slots
@@ -52,6 +53,10 @@ class Greedy(Sampler):
     capabilities = DecoderCapabilities(greedy=True, per_position=True, graph_safe=True)
 
     def sample(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:
+        if kernels.takes(logits) and logits.stride(1) == 1:
+            from trtllm_core.decoding.kernels.greedy import largest_logit
+
+            return largest_logit(logits)
         return possible(logits, logits.argmax(dim=1))
 
     def distribution(self, logits: torch.Tensor, batch: LogitsBatch) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from trtllm_core.decoding import kernels
 from trtllm_core.decoding.detokenizer import TokenBytes
 from trtllm_core.plugin import DecodingContext
 
@@ -112,6 +113,23 @@ class Slots:
             new = torch.where(j < counts, tokens[:, j].to(torch.int32), context.tokens[slot, at])
             context.tokens.index_put_((slot, at), new)
         context.lengths.index_put_((slot,), lengths + counts)
+
+    def commit_one(
+        self, slot: torch.Tensor, chosen: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a step whose tokens the host has not seen: ``chosen [n, 1]`` may be no tokens.
+
+        Returns:
+            What was appended, int64 ``[n, 1]`` and int32 ``[n]``: in place of no token, the nearest one.
+        """
+        context = self.context
+        if kernels.takes(slot):
+            from trtllm_core.decoding.kernels.commit import commit_one
+
+            return commit_one(slot, chosen, counts, context.tokens, context.lengths, context.vocab_size)
+        tokens = chosen.clamp(0, context.vocab_size - 1)
+        self.commit(slot, tokens, counts)
+        return tokens, tokens.squeeze(1).int()
 
     def record(self, slots: Sequence[int], new: Sequence[Sequence[int]], single: bool = False) -> None:
         """The same on the host, once the tokens are known there.

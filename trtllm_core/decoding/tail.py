@@ -46,9 +46,8 @@ def commit_ahead(table: BranchTable, chosen: Chosen) -> torch.Tensor:
         int32 ``[n]``: the tokens that were committed.
     """
     selection, slot = chosen.choice.selection, chosen.choice.slot
-    tokens = selection.tokens.clamp(0, table.slots.context.vocab_size - 1)
-    table.slots.commit(slot, tokens, selection.counts)
+    tokens, newest = table.slots.commit_one(slot, selection.tokens, selection.counts)
     rows = CommittedRows(slot, tokens, selection.counts, chosen.asked.scores)
     for stages in table.stages:
         stages.commit_device(rows)
-    return tokens.squeeze(1).int()
+    return newest
