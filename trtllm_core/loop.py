@@ -239,13 +239,17 @@ class StepLoop:
 
     def _release(self) -> None:
         """What has ended leaves: its slots and blocks are free at once. What ended well is left for others to reuse."""
-        for slot in self.branches.take_left():
-            keep = self.branches.owners[slot].ended_well
-            over = np.array([max(self.cache.cached[slot] - self.branches.slots.lengths[slot], 0)])
-            if keep and over.any():  # drafts behind a stop: what is kept must be the text
-                self.cache.rewind(np.array([slot]), over)
-            self.branches.release(slot)
-            self.cache.release(np.array([slot]), keep)
+        left = np.array(self.branches.take_left(), np.int64)
+        if not len(left):
+            return
+        keep = np.array([self.branches.owners[slot].ended_well for slot in left.tolist()])
+        over = np.maximum(self.cache.cached[left] - self.branches.slots.lengths[left], 0)
+        if (over[keep] > 0).any():  # drafts behind a stop: what is kept must be the text
+            self.cache.rewind(left[keep & (over > 0)], over[keep & (over > 0)])
+        self.branches.release(left.tolist())
+        for kept in (True, False):
+            if (keep == kept).any():
+                self.cache.release(left[keep == kept], kept)
 
     def _rows(self, slots: Sequence[int], counts: Sequence[int]) -> Rows:
         slot, count = np.asarray(slots, np.int64), np.asarray(counts, np.int64)

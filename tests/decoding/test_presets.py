@@ -238,9 +238,8 @@ def test_presets_in_one_batch_are_what_they_are_alone(line, rng, host):
         together.commit(slots, tokens)
         for slot, token in zip(slots, tokens, strict=True):
             apart[slot].commit([slot], [token])
-    together.pipeline.end(1)
-    together.pipeline.end(3)
-    together.pipeline.end(5)
+    together.pipeline.end([1])
+    together.pipeline.end([3, 5])
     assert len(together.pipeline._passes) == len(together.pipeline.live), "the others' order is gone with them"
 
 

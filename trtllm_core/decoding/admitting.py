@@ -85,7 +85,6 @@ def take_up(table: BranchTable, live: LiveRequest, cache: KVCache) -> bool:
 
 
 def _give_back(table: BranchTable, slots: Sequence[int], admitted: Sequence[int], cache: KVCache) -> None:
-    for slot in slots:
-        table.release(slot)
+    table.release(slots)
     if admitted:
         cache.release(np.array(admitted))

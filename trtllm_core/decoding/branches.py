@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -131,22 +131,24 @@ class BranchTable:
         left, self.left = self.left, []
         return left
 
-    def release(self, slot: int) -> None:
-        """Forget what is in a slot."""
-        owner = self.owners.pop(slot, None)
-        self.live.pop(slot, None)
-        self.unborn.pop(slot, None)
-        self.verifying.discard(slot)
-        self.scored.discard(slot)
-        self.streams.discard(slot)
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget what is in some slots."""
+        owners = [self.owners.pop(slot, None) for slot in slots]
         for stages in self.stages:
-            for name, seconds in stages.end(slot).items():
-                if owner is not None:
-                    owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
-        self.companions.end(slot)
-        self.conditions.end(slot)
-        self.gathering.end(slot)
-        self.slots.give(slot)
+            for owner, spent in zip(owners, stages.end(slots), strict=True):
+                for name, seconds in spent.items():
+                    if owner is not None:
+                        owner.plugin_seconds[name] = owner.plugin_seconds.get(name, 0.0) + seconds
+        for slot in slots:
+            self.live.pop(slot, None)
+            self.unborn.pop(slot, None)
+            self.verifying.discard(slot)
+            self.scored.discard(slot)
+            self.streams.discard(slot)
+            self.companions.end(slot)
+            self.conditions.end(slot)
+            self.gathering.end(slot)
+            self.slots.give(slot)
 
     def plugin_seconds(self) -> dict[str, float]:
         """Host time by plugin since the session began."""

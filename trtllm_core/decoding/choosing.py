@@ -92,10 +92,11 @@ class Choosers(Stages[Decoder]):
             self._shown[view.slot] = view.sampling.num_logprobs
         super().begin(items, view)
 
-    def end(self, slot: int) -> dict[str, float]:
+    def end(self, slots: Sequence[int]) -> list[dict[str, float]]:
         """See ``Stages``."""
-        self._shown.pop(slot, None)
-        return super().end(slot)
+        for slot in slots:
+            self._shown.pop(slot, None)
+        return super().end(slots)
 
     def _refresh(self) -> None:
         super()._refresh()

@@ -84,11 +84,12 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         self._users[view.sampling.preset] += 1
         super().begin(items, view)
 
-    def end(self, slot: int) -> dict[str, float]:
+    def end(self, slots: Sequence[int]) -> list[dict[str, float]]:
         """See ``Stages``."""
-        if (preset := self._presets.pop(slot, None)) is not None:
-            self._users[preset] -= 1
-        return super().end(slot)
+        for slot in slots:
+            if (preset := self._presets.pop(slot, None)) is not None:
+                self._users[preset] -= 1
+        return super().end(slots)
 
     def beside(self, preset: str) -> list[PlanItem]:
         """The live processors of requests with this preset: what a new one is ordered with."""
@@ -149,6 +150,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
         draft: torch.Tensor | None = None,
         scored: bool = False,
         companions: CompanionLogits | None = None,
+        in_place: bool = False,
     ) -> Processed:
         """Process ``raw`` (float32 ``[n, vocab_size_padded]``, left as it is).
 
@@ -157,6 +159,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             slot, offset, draft: the positions, as in ``LogitsBatch``.
             scored: whether somebody wants log-probabilities.
             companions: of the step; None: it has none.
+            in_place: ``raw`` may be overwritten, and nobody can fail.
         """
         passes = [each for each in self._passes if each.stage not in self._broken]
         self._broken.clear()
@@ -164,7 +167,7 @@ class LogitsPipeline(Stages[DeviceLogitsProcessor]):
             if len(raw) > len(self._wide):  # a verify step, with more positions than any before
                 self._wide = torch.empty(1 << (len(raw) - 1).bit_length(), raw.shape[1], device=raw.device)
             work = self._work if len(raw) <= len(self._work) else self._wide
-            logits, scores = work[: len(raw)].copy_(raw), None
+            logits, scores = raw if in_place else work[: len(raw)].copy_(raw), None
             for stage, flags, unscored in passes:
                 if scored and unscored and scores is None:
                     scores = logits.clone()

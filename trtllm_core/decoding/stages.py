@@ -126,12 +126,11 @@ class Stage(Generic[P]):
         self.flags[view.slot].fill_(True)
 
     def end(self, slot: int) -> float:
-        """A branch leaves. Returns its part of the plugin's host time, in seconds.
+        """A branch leaves, of which ``flags`` are to be told. Returns its part of the plugin's host time, in seconds.
 
         What the plugin raises now can hurt nobody any more: it is kept in ``error``.
         """
         self.members.discard(slot)
-        self.flags[slot].fill_(False)
         share, seconds = self._share, self.seconds
         try:
             self.call(self.plugin.end, slot)
@@ -181,7 +180,7 @@ class Stages(Generic[P]):
                 stage.begin(item, view)
                 self._of[view.slot].append(stage)
         except Exception:
-            self.end(view.slot)
+            self.end((view.slot,))
             raise
         finally:
             self._refresh()
@@ -230,13 +229,25 @@ class Stages(Generic[P]):
             except PluginError as error:
                 self.fail(stage, error)
 
-    def end(self, slot: int) -> dict[str, float]:
-        """The branch is over. Returns its part of each plugin's host time, in seconds by name."""
-        seconds: dict[str, float] = {}
-        for stage in self._of.pop(slot, []):
-            seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.end(slot)
+    def end(self, slots: Sequence[int]) -> list[dict[str, float]]:
+        """Branches are over. Returns the part of each in each plugin's host time, in seconds by name."""
+        spent: list[dict[str, float]] = []
+        left: dict[Stage[P], list[int]] = {}
+        for slot in slots:
+            seconds: dict[str, float] = {}
+            for stage in self._of.pop(slot, []):
+                seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.end(slot)
+                left.setdefault(stage, []).append(slot)
+            spent.append(seconds)
+        several = torch.tensor(slots).to(self.context.device, non_blocking=True) if len(slots) > 2 else None
+        for stage, gone in left.items():
+            if several is not None and len(gone) == len(slots):
+                stage.flags.index_fill_(0, several, False)
+            else:
+                for slot in gone:
+                    stage.flags[slot].fill_(False)
         self._refresh()
-        return seconds
+        return spent
 
     def take_failures(self) -> dict[int, PluginError]:
         """The failures since the last call."""

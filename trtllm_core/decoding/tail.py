@@ -25,11 +25,18 @@ class Chosen:
 
 
 def choose(
-    table: BranchTable, logits: torch.Tensor, at: Positions, companions: CompanionLogits | None = None
+    table: BranchTable,
+    logits: torch.Tensor,
+    at: Positions,
+    companions: CompanionLogits | None = None,
+    in_place: bool = False,
 ) -> Chosen:
-    """Next tokens at the positions ``at`` from their raw logits, float32 ``[n, vocab_size_padded]``."""
+    """Next tokens at the positions ``at`` from their raw logits, float32 ``[n, vocab_size_padded]``.
+
+    ``companions`` and ``in_place`` are as of ``LogitsPipeline.apply``.
+    """
     scored = table.wants_log_probs
-    processed, scores = table.pipeline.apply(logits, at.slot, at.offset, at.draft, scored, companions)
+    processed, scores = table.pipeline.apply(logits, at.slot, at.offset, at.draft, scored, companions, in_place)
     # A sampler may overwrite what it is given; who looks at it afterwards must find it as it was.
     wanted = processed if table.wants_logits else None
     looks = wanted is not None or (scored and scores is processed)

@@ -86,7 +86,7 @@ class Tails:
                 # Other threads may go on with what they do on the GPU.
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
-                    chosen = choose(self._table, logits, at)
+                    chosen = choose(self._table, logits, at, in_place=True)
                     tokens = commit_ahead(self._table, chosen)
                 finally:
                     graph.capture_end()
@@ -99,5 +99,6 @@ class Tails:
             _log.warning(
                 "what follows the engine in a step cannot be captured as a CUDA graph, and runs without: %s", told
             )
+            self._memory = torch.cuda.graph_pool_handle()  # the other is left as if it were still in use
             return None
         return _Captured(graph, chosen, tokens)
