@@ -79,7 +79,14 @@ class Row:
         Of a ring, all of its entries, as they lie there."""
         if self._run is not None:
             return cache.read(self._run)
-        return cache.blocks(torch.from_numpy(self.blocks).to(cache.data.device))[: self._entries]
+        return cache.blocks(self._blocks_on(cache.data.device))[: self._entries]
+
+    def _blocks_on(self, device: torch.device) -> torch.Tensor:
+        """The blocks as a tensor, sent once for all layers; nobody waits for it."""
+        sent: torch.Tensor | None = self.__dict__.get("_sent")
+        if sent is None:
+            sent = self.__dict__["_sent"] = torch.from_numpy(self.blocks).to(device, non_blocking=True)
+        return sent
 
     def read_past(self, cache: LayerCache) -> torch.Tensor:
         """Of a ring that wraps, before this call writes: what its queries see of the past, oldest first."""
