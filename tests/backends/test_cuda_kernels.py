@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -293,6 +294,24 @@ def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
         torch.testing.assert_close(y.double(), plain + bias.double() + residual.double(), rtol=1e-4, atol=1e-4)
 
 
+def plain_flash(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: cuda_context.Prompts) -> torch.Tensor:
+    """What ``_flash`` says that it does, sequence by sequence."""
+    out = torch.empty_like(q)
+    starts, ends = prompts.queries.starts.tolist(), prompts.keys.starts.tolist()
+    for (first, last), (begin, end) in zip(pairwise(starts), pairwise(ends), strict=True):
+        assert last - first <= prompts.queries.longest
+        assert end - begin <= prompts.keys.longest
+        k, v = kv[begin:end].repeat_interleave(layer.num_heads // layer.num_kv_heads, 1).chunk(2, dim=1)
+        offset = torch.arange(end - begin) - torch.arange(end - begin - (last - first), end - begin)[:, None]
+        seen = offset <= 0
+        if layer.sliding_window is not None:
+            seen &= offset > -layer.sliding_window
+        scores = torch.einsum("qhd,khd->hqk", q[first:last], k) * layer.scale
+        chances = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[first:last] = torch.einsum("hqk,khd->qhd", chances, v)
+    return out
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kv", ["float32", "int8", "fp8"])
@@ -303,8 +322,10 @@ def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
             [1, 30, 1, 5, 2, 7],
             [40, 0, 3, 0, 0, 20],
         ),  # one token, a prompt, one token, two prompts, a chunk behind others
-        # Nothing but prompts.
+        # Nothing but prompts; a single one; nothing but chunks.
         ([9, 17, 30], [0, 0, 0]),
+        ([33], [0]),
+        ([5, 20], [31, 8]),
     ],
 )
 def test_prompts_chunks_and_decoding_rows_share_a_call(
@@ -312,6 +333,9 @@ def test_prompts_chunks_and_decoding_rows_share_a_call(
 ) -> None:
     monkeypatch.setattr(attention, "PROGRAMS", 4)
     monkeypatch.setattr(cuda_context, "FUSED_FROM", 1 if fused else 1000)
+    if device == "cpu":  # there, the packing alone is what is tested
+        monkeypatch.setattr(cuda_context, "FUSED", (torch.float32,))
+        monkeypatch.setattr(cuda_context, "_flash", plain_flash)
     where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
     options = {"rotary": 32, "sliding_window": 24}
     ours, twin = layer(dtype, where, **options), layer(torch.float64, CPU, **options)

@@ -49,7 +49,7 @@ class Trace:
             "max_batch_size": batch,
             "max_input_len": max(one.prompt_len for one in self.requests),
             "max_seq_len": max(one.prompt_len + one.new_tokens for one in self.requests),
-            "max_num_tokens": max(4096, batch),
+            "max_num_tokens": max(8192, batch),
         }
 
 

@@ -13,6 +13,7 @@ from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, Row
 from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
 from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
+from trtllm_core.backends.torch.layer_cache import LayerCache
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Attention
 
@@ -25,14 +26,32 @@ longer than the host with the launch of the next, and what passes through memory
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences one after another."""
+
+    starts: torch.Tensor
+    """int32 ``[rows + 1]``: where each begins, and where the last one ends."""
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], batch: PackedBatch) -> Packed:
+        """Sequences of these lengths, on the batch's device."""
+        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        return cls(batch.to_device(starts), max(lengths))
+
+
+@dataclass(frozen=True, slots=True)
 class Prompts:
-    """Whole prompts, or the first chunks of some: what they see is among the call's own tokens."""
+    """Prompts, or chunks of some."""
 
     tokens: slice | torch.Tensor
     """Where they are in the packed input."""
-    starts: torch.Tensor
-    """int32 ``[rows + 1]``: where each begins among these tokens, and where the last one ends."""
-    longest: int
+    queries: Packed
+    """These tokens."""
+    keys: Packed
+    """What they see, up to themselves: the same tokens, or more that are cached before them."""
+    rows: Sequence[Row] = ()
+    """Of chunks, the rows whose caches hold what they see."""
 
 
 class MixedContext(PagedContext):
@@ -47,9 +66,10 @@ class MixedContext(PagedContext):
         self._single = _run([slice(start, start + 1) for start in starts], batch)
         self._decode = self._decode_rows(single, positions[self._single]) if len(single) else None
         fresh = [row for row in several if row.past == 0]
-        self._prompts = self._packed(fresh) if len(fresh) > 1 else None
-        self._others = [row for row in several if row.past > 0] if self._prompts is not None else several
-        self._alone = len(fresh) == len(batch.rows) and self._prompts is not None
+        self._prompts = self._packed(fresh) if fresh else None
+        chunks = [row for row in several if row.past > 0]
+        self._chunks = self._packed(chunks, behind=True) if chunks else None
+        self._alone = len(fresh) == len(batch.rows)
         self._several = several
         self._tokens = self._every_token(positions) if len(positions) >= FUSED_FROM else None
 
@@ -72,12 +92,14 @@ class MixedContext(PagedContext):
             size, own = self.batch.tokens_per_block, given[self._single].contiguous()
             seen = decode_attention(layer, own, cache, self._decode, size, rotated=self._tokens is None)
             out[self._single] = seen.view(-1, *q.shape[1:])
-        rows: Sequence[Row] = self._several
-        if self._prompts is not None and is_fused(layer, q.dtype):
-            out[self._prompts.tokens] = attend_prompts(layer, q, kv, self._prompts)
-            rows = self._others
-        for row in rows:
-            out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, {})
+        if is_fused(layer, q.dtype):
+            if self._prompts is not None:
+                out[self._prompts.tokens] = attend_prompts(layer, q, kv, self._prompts)
+            if self._chunks is not None:
+                out[self._chunks.tokens] = attend_chunks(layer, q, cache, self._chunks)
+        else:
+            for row in self._several:
+                out[row.tokens] = self._row(layer, q[row.tokens], kv[row.tokens], cache, row, {})
         return out.flatten(1)
 
     def _decode_rows(self, rows: np.ndarray, positions: torch.Tensor) -> DecodeRows:
@@ -103,10 +125,13 @@ class MixedContext(PagedContext):
             width * batch.tokens_per_block,
         )
 
-    def _packed(self, rows: list[Row]) -> Prompts:
-        lengths = [row.queries for row in rows]
-        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        return Prompts(_run([row.tokens for row in rows], self.batch), self.batch.to_device(starts), max(lengths))
+    def _packed(self, rows: list[Row], behind: bool = False) -> Prompts:
+        """``behind``: they follow what is cached."""
+        tokens, queries = _run([row.tokens for row in rows], self.batch), [row.queries for row in rows]
+        own = Packed.of(queries, self.batch)
+        if not behind:
+            return Prompts(tokens, own, own)
+        return Prompts(tokens, own, Packed.of([row.length for row in rows], self.batch), rows)
 
 
 def _run(parts: list[slice], batch: PackedBatch) -> slice | torch.Tensor:
@@ -129,16 +154,31 @@ def attend_prompts(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts:
 
     ``q [tokens, heads, d]`` and ``kv [tokens, 2 * kv_heads, d]`` of all tokens ``->`` ``[prompts' tokens, heads, d]``.
     """
-    k, v = kv[prompts.tokens].chunk(2, dim=1)
+    return _flash(layer, q[prompts.tokens], kv[prompts.tokens], prompts)
+
+
+def attend_chunks(layer: Attention, q: torch.Tensor, cache: LayerCache, chunks: Prompts) -> torch.Tensor:
+    """The same where a part of each prompt is cached: the call's own keys and values are in the cache as well.
+
+    ``q [tokens, heads, d]`` of all tokens ``->`` ``[chunks' tokens, heads, d]``.
+    """
+    seen = [row.read(cache) for row in chunks.rows]
+    return _flash(layer, q[chunks.tokens], seen[0] if len(seen) == 1 else torch.cat(seen), chunks)
+
+
+def _flash(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+    """``q [queries, heads, d]``, ``kv [keys, 2 * kv_heads, d] -> [queries, heads, d]``: a sequence's last query sees
+    all of its keys, and each one before it one key less."""
+    k, v = kv.chunk(2, dim=1)
     window = None if layer.sliding_window is None else layer.sliding_window - 1
     seen: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q[prompts.tokens],
+        q,
         k,
         v,
-        prompts.starts,
-        prompts.starts,
-        prompts.longest,
-        prompts.longest,
+        prompts.queries.starts,
+        prompts.keys.starts,
+        prompts.queries.longest,
+        prompts.keys.longest,
         0.0,
         True,
         False,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trtllm_core.backends.torch.batch import host, is_all, is_decode, is_prompt
-from trtllm_core.backends.torch.cuda.context import Prompts, attend_prompts, is_fused
+from trtllm_core.backends.torch.cuda.context import Packed, Prompts, attend_prompts, is_fused
 from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
 from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
 from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
@@ -61,7 +61,8 @@ class PromptContext(DecodeContext):
     def __init__(self, rows: DecodeRows, pool: KVPool, length: int) -> None:
         super().__init__(rows, pool)
         starts = torch.arange(0, length + 1, length, dtype=torch.int32, device=rows.past.device)
-        self._prompts = Prompts(slice(0, length), starts, length)
+        whole = Packed(starts, length)
+        self._prompts = Prompts(slice(0, length), whole, whole)
 
     def attend(self, layer: Attention, qkv: torch.Tensor) -> torch.Tensor:
         """See ``AttentionContext``. ``qkv [tokens, heads + 2 * kv_heads, head_size]``."""
