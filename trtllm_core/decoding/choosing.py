@@ -113,16 +113,20 @@ class Choosers(Stages[Decoder]):
         for stage in self.live:
             if not alone and stage.members.isdisjoint(at.slots):
                 continue
-            batch = at.batch(self.context, stage.active(at.slot))
+            seen = at.seen_by(stage.members)
+            given = logits if seen is at else logits[at.starts]
+            batch = seen.batch(self.context, stage.active(seen.slot))
             try:
-                beside = self._likeliest(stage, logits, at) if self._shown else {}
-                chosen = stage.call(stage.plugin.select, logits if alone else logits.clone(), batch)
+                beside = self._likeliest(stage, given, seen) if self._shown else {}
+                chosen = stage.call(
+                    stage.plugin.select, logits.clone() if given is logits and not alone else given, batch
+                )
                 if isinstance(chosen, Candidates):
                     asked = [each for each in at.slots if each in stage.members]
                     slots_of = check_candidates(stage.name, chosen, branch, stage.members)
                     searches.append(Search(stage, chosen, slots_of, asked, beside))
                 else:
-                    active = batch.active if at.starts is None else batch.active[at.starts]
+                    active = batch.active if seen.starts is None else batch.active[seen.starts]
                     parts.append((active, _checked(stage.name, chosen, branch)))
             except PluginError as error:
                 self.fail(stage, error)

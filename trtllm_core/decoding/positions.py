@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,15 @@ class Positions:
         if self.drafts is None:
             return self.slots
         return [slot for slot, draft in zip(self.slots, self.drafts, strict=True) for _ in range(len(draft) + 1)]
+
+    def seen_by(self, members: Collection[int]) -> Positions:
+        """These, or where none of the slots in ``members`` has drafts the first position of each branch, as in a step
+        without any: whoever verifies nothing is spared the drafts of others."""
+        if self.starts is None or self.drafts is None:
+            return self
+        if any(draft and slot in members for slot, draft in zip(self.slots, self.drafts, strict=True)):
+            return self
+        return Positions(self.slots, self.branch, self.offset[self.starts])
 
     def batch(self, context: DecodingContext, active: torch.Tensor) -> LogitsBatch:
         """What a plugin is shown whose positions are those that ``active`` (bool ``[n]``) says."""

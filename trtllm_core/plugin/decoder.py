@@ -232,7 +232,8 @@ class Decoder(SlotPlugin):
         """Choose from processed ``logits`` (float32 ``[n, vocab_size_padded]``), which may be overwritten. Pure.
 
         A ``Selection`` is for all rows, those that are not ``batch.active`` included, whose entries are thrown away.
-        In a verify step ``batch.starts`` says where rows begin, and ``batch.draft`` holds what was proposed.
+        In a verify step ``batch.starts`` says where rows begin, and ``batch.draft`` holds what was proposed; a decoder
+        none of whose rows has drafts is shown one position of each, as in any other step.
         ``Candidates`` are for active rows alone.
         """
         raise NotImplementedError
