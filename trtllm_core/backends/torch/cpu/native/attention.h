@@ -90,76 +90,128 @@ inline void softmax(float* scores, int64_t count) {
   for (int64_t t = 0; t < count; ++t) scores[t] *= factor;
 }
 
-// Some query heads of one row that see the same keys, which are read once for all of them. Whoever has the first head
-// of the group writes the row's new entry; the others see the same numbers without it.
+// One key/value head of one row's cache, and its newest entry, which may not be written yet.
+template <typename C>
+struct Cache {
+  const C* entries;     // of the pool, this head's keys
+  const float* scales;  // of codes, this head's keys; else null
+  const int32_t* table;
+  int64_t block_size, kept, values_after, head_size;  // kept: heads of an entry; values lie so many heads after keys
+  int64_t first, length;                              // entries that are seen; the last of them is the newest
+  const C *key_now, *value_now;
+  float key_scale_now, value_scale_now;
+
+  // Calls with each entry's number, key and value, and what those are multiplied with.
+  template <typename F>
+  void each(F&& body) const {
+    const int64_t entry_size = kept * head_size, value = values_after * head_size;
+    for (int64_t t = first; t < length - 1;) {
+      const int64_t block = t / block_size, end = std::min((block + 1) * block_size, length - 1);
+      const C* key = entries + (table[block] * block_size + t % block_size) * entry_size;
+      const float* scale = scales == nullptr ? nullptr : scales + table[block] * kept * block_size + t % block_size;
+      for (; t < end; ++t, key += entry_size) {
+        if (LARGEST<C> == 0.0f) {
+          body(t - first, key, key + value, 1.0f, 1.0f);
+        } else {
+          body(t - first, key, key + value, scale[0], scale[values_after * block_size]);
+          ++scale;
+        }
+      }
+    }
+    body(length - 1 - first, key_now, value_now, key_scale_now, value_scale_now);
+  }
+};
+
+// Elements i and on of x [size]; zeros beyond.
+template <typename T>
+inline Floats read_some(const T* x, int64_t i, int64_t size) {
+  if (i + LANES <= size) return read_floats(x + i);
+  T some[LANES] = {};
+  std::copy(x + i, x + size, some);
+  return read_floats(some);
+}
+
+// Queries that see the same keys, scaled, [QUERIES, size], over one cache; out alike. Sums stay in registers.
+template <typename T, typename C, int64_t SIZE, int QUERIES>
+void attend_queries(const Cache<C>& cache, const float* queries, float* scores, T* out) {
+  constexpr int64_t PIECES = ((SIZE ? SIZE : MOST) + LANES - 1) / LANES;
+  const int64_t size = SIZE ? SIZE : cache.head_size, pieces = SIZE ? PIECES : (size + LANES - 1) / LANES;
+  const int64_t seen = cache.length - cache.first;
+  Floats query[QUERIES][PIECES], sum[QUERIES][PIECES] = {};
+  for (int q = 0; q < QUERIES; ++q)
+    for (int64_t p = 0; p < pieces; ++p) query[q][p] = read_some(queries + q * size, p * LANES, size);
+  cache.each([&](int64_t t, const C* key, const C*, float unit, float) {
+    Floats score[QUERIES] = {};
+    for (int64_t p = 0; p < pieces; ++p) {
+      const Floats piece = read_some(key, p * LANES, size);
+      for (int q = 0; q < QUERIES; ++q) score[q] += query[q][p] * piece;
+    }
+    for (int q = 0; q < QUERIES; ++q) scores[q * seen + t] = sum_of(score[q]) * unit;
+  });
+  for (int q = 0; q < QUERIES; ++q) softmax(scores + q * seen, seen);
+  cache.each([&](int64_t t, const C*, const C* value, float, float unit) {
+    float weight[QUERIES];
+    for (int q = 0; q < QUERIES; ++q) weight[q] = scores[q * seen + t] * unit;
+    for (int64_t p = 0; p < pieces; ++p) {
+      const Floats piece = read_some(value, p * LANES, size);
+      for (int q = 0; q < QUERIES; ++q) sum[q][p] += weight[q] * piece;
+    }
+  });
+  for (int q = 0; q < QUERIES; ++q) {
+    float wide[PIECES * LANES];
+    std::memcpy(wide, sum[q], sizeof wide);
+    for (int64_t i = 0; i < size; ++i) store(out[q * size + i], wide[i]);
+  }
+}
+
+constexpr int64_t MOST_QUERIES = 4;  // that see a key at a time
+
+// Some query heads of one row that see the same keys. Whoever has the first head of the group writes the row's new
+// entry; the others see the same numbers without it.
 template <typename T, typename C, int64_t SIZE>
 void attend_heads(const Attend& of, int64_t row, int64_t begin, int64_t end) {
   const Rows& rows = *of.rows;
   const Heads& layer = of.layer;
-  const int64_t size = SIZE ? SIZE : layer.head_size, group = layer.heads / layer.kv_heads, head = begin / group;
-  const int64_t kept = 2 * layer.kv_heads, value_head = layer.kv_heads + head;
-  const int64_t length = rows.lengths[row], count = end - begin;
-  const int64_t first = layer.window && layer.window < length ? length - layer.window : 0, seen = length - first;
-  const T* token = static_cast<const T*>(of.qkv) + row * (layer.heads + 2 * layer.kv_heads) * size;
-  thread_local std::vector<float> buffer;
-  buffer.resize(count * (2 * size + seen));
-  float *queries = buffer.data(), *sums = queries + count * size, *scores = sums + count * size;
-
-  const int32_t* table = rows.tables + row * rows.table_stride;
-  auto entry = [&](int64_t t, int64_t of_head) {
-    const int64_t block = table[t / rows.block_size];
-    return static_cast<C*>(of.cache) + ((block * rows.block_size + t % rows.block_size) * kept + of_head) * size;
-  };
-  auto scale = [&](int64_t t, int64_t of_head) -> float& {
-    return of.scales[(table[t / rows.block_size] * kept + of_head) * rows.block_size + t % rows.block_size];
-  };
-  constexpr bool CODED = LARGEST<C> != 0.0f;
+  const int64_t size = layer.head_size, group = layer.heads / layer.kv_heads, head = begin / group;
+  const int64_t kept = 2 * layer.kv_heads, block_size = rows.block_size, last = rows.lengths[row] - 1;
+  const T* token = static_cast<const T*>(of.qkv) + row * (layer.heads + kept) * size;
   float wide[MOST];
   C key_now[MOST], value_now[MOST];
   rotated(token + (layer.heads + head) * size, layer, rows.positions[row], 1.0f, wide);
   const float key_scale = keep(wide, size, key_now);
-  for (int64_t i = 0; i < size; ++i) wide[i] = load(token[(layer.heads + value_head) * size + i]);
+  for (int64_t i = 0; i < size; ++i) wide[i] = load(token[(layer.heads + layer.kv_heads + head) * size + i]);
   const float value_scale = keep(wide, size, value_now);
-  if (begin % group == 0) {
-    std::copy_n(key_now, size, entry(length - 1, head));
-    std::copy_n(value_now, size, entry(length - 1, value_head));
-    if (CODED) {
-      scale(length - 1, head) = key_scale;
-      scale(length - 1, value_head) = value_scale;
-    }
-  }
-  for (int64_t q = 0; q < count; ++q)
-    rotated(token + (begin + q) * size, layer, rows.positions[row], layer.scale, queries + q * size);
 
-  for (int64_t t = first; t < length; ++t) {
-    const C* key = t == length - 1 ? key_now : entry(t, head);
-    const float unit = t == length - 1 || !CODED ? key_scale : scale(t, head);
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) wide[i] = load(key[i]);
-    for (int64_t q = 0; q < count; ++q) {
-      float score = 0;
-      const float* query = queries + q * size;
-#pragma omp simd reduction(+ : score)
-      for (int64_t i = 0; i < size; ++i) score += query[i] * wide[i];
-      scores[q * seen + t - first] = score * unit;
+  C* entries = static_cast<C*>(of.cache) + head * size;
+  float* scales = LARGEST<C> == 0.0f ? nullptr : of.scales + head * block_size;
+  const int32_t* table = rows.tables + row * rows.table_stride;
+  if (begin % group == 0) {
+    const int64_t block = table[last / block_size];
+    C* written = entries + (block * block_size + last % block_size) * kept * size;
+    std::copy_n(key_now, size, written);
+    std::copy_n(value_now, size, written + layer.kv_heads * size);
+    if (scales != nullptr) {
+      float* scale = scales + block * kept * block_size + last % block_size;
+      scale[0] = key_scale;
+      scale[layer.kv_heads * block_size] = value_scale;
     }
   }
-  for (int64_t q = 0; q < count; ++q) softmax(scores + q * seen, seen);
-  std::fill_n(sums, count * size, 0.0f);
-  for (int64_t t = first; t < length; ++t) {
-    const C* value = t == length - 1 ? value_now : entry(t, value_head);
-    const float unit = t == length - 1 || !CODED ? value_scale : scale(t, value_head);
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) wide[i] = load(value[i]);
-    for (int64_t q = 0; q < count; ++q) {
-      const float weight = scores[q * seen + t - first] * unit;
-      float* sum = sums + q * size;
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) sum[i] += weight * wide[i];
-    }
+  const int64_t first = layer.window && layer.window <= last ? last + 1 - layer.window : 0;
+  const Cache<C> cache{entries, scales,  table,   block_size, kept,      layer.kv_heads, size,
+                       first,   last + 1, key_now, value_now,  key_scale, value_scale};
+  thread_local std::vector<float> buffer;
+  buffer.resize(MOST_QUERIES * (size + last + 1));
+  float *queries = buffer.data(), *scores = queries + MOST_QUERIES * size;
+  for (int64_t at = begin, count; at < end; at += count) {
+    count = std::min(end - at, MOST_QUERIES);
+    for (int64_t q = 0; q < count; ++q)
+      rotated(token + (at + q) * size, layer, rows.positions[row], layer.scale, queries + q * size);
+    auto some = count == 1   ? attend_queries<T, C, SIZE, 1>
+                : count == 2 ? attend_queries<T, C, SIZE, 2>
+                : count == 3 ? attend_queries<T, C, SIZE, 3>
+                             : attend_queries<T, C, SIZE, 4>;
+    some(cache, queries, scores, static_cast<T*>(of.out) + (row * layer.heads + at) * size);
   }
-  T* to = static_cast<T*>(of.out) + (row * layer.heads + begin) * size;
-  for (int64_t i = 0; i < count * size; ++i) store(to[i], sums[i]);
 }
 
 // Query heads of all rows are shared out evenly, in order: a thread's lie in as few groups as can be.

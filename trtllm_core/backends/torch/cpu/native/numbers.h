@@ -114,6 +114,41 @@ inline Floats floats(Integers from) { return __builtin_convertvector(from, Float
 
 inline Floats read_floats(const float* from) { return read<Floats>(from); }
 
+inline Floats read_floats(const bfloat16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16);
+#else
+  Floats to;
+  for (int64_t i = 0; i < LANES; ++i) to[i] = load(from[i]);
+  return to;
+#endif
+}
+
+inline Integers read_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Integers)_mm512_cvtepu8_epi32(read<__m128i>(from));
+#elif defined(__AVX2__)
+  return (Integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  Integers to;
+  for (int64_t i = 0; i < LANES; ++i) to[i] = from[i];
+  return to;
+#endif
+}
+
+inline Floats read_floats(const int8_t* from) {
+  return floats((read_bytes(reinterpret_cast<const uint8_t*>(from)) ^ 128) - 128);
+}
+
+inline Floats read_floats(const fp8* from) {
+  const Integers code = read_bytes(&from->bits), magnitude = code & 0x7f;
+  const Floats normal = (Floats)((magnitude << 20) + (120 << 23)), small = floats(magnitude) * (1.0f / 512);
+  const Integers number = magnitude < 8 ? (Integers)small : (Integers)normal;
+  return (Floats)(number | (code & 0x80) << 24);
+}
+
 inline Floats read_floats(const float16* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(read<__m256i>(from));
@@ -123,6 +158,19 @@ inline Floats read_floats(const float16* from) {
   Floats to;
   for (int64_t i = 0; i < LANES; ++i) to[i] = load(from[i]);
   return to;
+#endif
+}
+
+// In a tree, whose branches are added at the same time.
+inline float sum_of(Floats vector) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)vector);
+#else
+  float part[LANES];
+  std::memcpy(part, &vector, sizeof part);
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 #endif
 }
 
