@@ -214,20 +214,21 @@ void attend_heads(const Attend& of, int64_t row, int64_t begin, int64_t end) {
   }
 }
 
-// Query heads of all rows are shared out evenly, in order: a thread's lie in as few groups as can be.
+// Query heads of all rows are shared out in order: a thread's lie in as few groups as can be.
 template <typename T, typename C = T>
-void attend(const void* arguments, Team team) {
+void attend(const void* arguments, const Team& team) {
   const Attend& of = *static_cast<const Attend*>(arguments);
   const int64_t heads = of.layer.heads, group = heads / of.layer.kv_heads;
   auto some = of.layer.head_size == 64    ? attend_heads<T, C, 64>
               : of.layer.head_size == 128 ? attend_heads<T, C, 128>
                                           : attend_heads<T, C, 0>;
-  const auto [begin, end] = team.share(of.rows->rows * heads);
-  for (int64_t at = begin; at < end;) {
-    const int64_t stop = std::min(end, (at / group + 1) * group), row = at / heads;
-    some(of, row, at - row * heads, stop - row * heads);
-    at = stop;
-  }
+  team.share(of.rows->rows * heads, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t stop = std::min(end, (at / group + 1) * group), row = at / heads;
+      some(of, row, at - row * heads, stop - row * heads);
+      at = stop;
+    }
+  });
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ extern "C" struct Product {
 
 namespace {
 
-// Activations of all rows as a product wants them, each thread its own: a barrier would cost more than it saves.
+// Activations of all rows as a product wants them, each thread its own: waiting for each other would cost more than it saves.
 struct Prepared {
   std::vector<float> wide, sums;  // [rows, in], and sums of groups [rows, in / group]
   std::vector<int8_t> codes;
@@ -114,23 +114,24 @@ inline void put(const Product& product, const Wide& total, int64_t row, int64_t 
 }
 
 template <typename T>
-void linear(const void* arguments, Team team) {
+void linear(const void* arguments, const Team& team) {
   const Product& product = *static_cast<const Product*>(arguments);
   const Packed& weight = product.weight;
   const Dot one = dot_for<1>(weight), most = dot_for<MOST_ROWS>(weight);
   Prepared& x = prepared();
-  prepare<T>(product, x);
-  const auto [begin, end] = team.share(tiles_of(weight));
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
-    const int64_t first = tile * TILE, features = std::min(TILE, weight.out - first);
-    for (int64_t row = 0, count; row < product.rows; row += count) {
-      count = row + MOST_ROWS <= product.rows ? MOST_ROWS : 1;
-      Wide totals[MOST_ROWS] = {};
-      (count == 1 ? one : most)(product, record, x, row, totals);
-      for (int64_t r = 0; r < count; ++r) put<T>(product, totals[r], row + r, first, features);
+  if (!team.is_taken(tiles_of(weight))) prepare<T>(product, x);
+  team.share(tiles_of(weight), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
+      const int64_t first = tile * TILE, features = std::min(TILE, weight.out - first);
+      for (int64_t row = 0, count; row < product.rows; row += count) {
+        count = row + MOST_ROWS <= product.rows ? MOST_ROWS : 1;
+        Wide totals[MOST_ROWS] = {};
+        (count == 1 ? one : most)(product, record, x, row, totals);
+        for (int64_t r = 0; r < count; ++r) put<T>(product, totals[r], row + r, first, features);
+      }
     }
-  }
+  });
 }
 
 }  // namespace

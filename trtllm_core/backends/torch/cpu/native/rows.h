@@ -75,21 +75,23 @@ extern "C" struct Gate {
 namespace {
 
 template <typename T>
-void rms_norm(const void* arguments, Team team) {
+void rms_norm(const void* arguments, const Team& team) {
   const Norm& norm = *static_cast<const Norm*>(arguments);
-  const auto [begin, end] = team.share(norm.rows);
-  for (int64_t row = begin; row < end; ++row)
-    rms_normed(static_cast<const T*>(norm.x) + row * norm.size, static_cast<const T*>(norm.weight),
-               static_cast<T*>(norm.out) + row * norm.size, norm.size, norm.eps);
+  team.share(norm.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      rms_normed(static_cast<const T*>(norm.x) + row * norm.size, static_cast<const T*>(norm.weight),
+                 static_cast<T*>(norm.out) + row * norm.size, norm.size, norm.eps);
+  });
 }
 
 template <typename T>
-void silu_gate(const void* arguments, Team team) {
+void silu_gate(const void* arguments, const Team& team) {
   const Gate& gate = *static_cast<const Gate*>(arguments);
-  const auto [begin, end] = team.share(gate.rows);
-  for (int64_t row = begin; row < end; ++row)
-    silu_gated(static_cast<const T*>(gate.x) + 2 * row * gate.size, static_cast<T*>(gate.out) + row * gate.size,
-               gate.size);
+  team.share(gate.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      silu_gated(static_cast<const T*>(gate.x) + 2 * row * gate.size, static_cast<T*>(gate.out) + row * gate.size,
+                 gate.size);
+  });
 }
 
 }  // namespace

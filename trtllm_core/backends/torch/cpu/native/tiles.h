@@ -88,38 +88,41 @@ inline void dequantize_group(const Packed& weight, const uint8_t* record, int64_
 }
 
 template <typename T>
-void dequantize(const void* arguments, Team team) {
+void dequantize(const void* arguments, const Team& team) {
   const Dequantize& of = *static_cast<const Dequantize*>(arguments);
   const Packed& weight = of.weight;
-  const auto [begin, end] = team.share(tiles_of(weight));
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
-    const int64_t features = std::min(TILE, weight.out - tile * TILE);
-    T* out = static_cast<T*>(of.out) + tile * TILE * weight.in;
-    for (int64_t i = 0; i < weight.in; i += weight.group, record += record_bytes(weight))
-      for (int64_t feature = 0; feature < features; ++feature)
-        dequantize_group(weight, record, feature, out + feature * weight.in + i);
-  }
+  team.share(tiles_of(weight), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
+      const int64_t features = std::min(TILE, weight.out - tile * TILE);
+      T* out = static_cast<T*>(of.out) + tile * TILE * weight.in;
+      for (int64_t i = 0; i < weight.in; i += weight.group, record += record_bytes(weight))
+        for (int64_t feature = 0; feature < features; ++feature)
+          dequantize_group(weight, record, feature, out + feature * weight.in + i);
+    }
+  });
 }
 
 template <typename T>
-void lookup(const void* arguments, Team team) {
+void lookup(const void* arguments, const Team& team) {
   const Lookup& of = *static_cast<const Lookup*>(arguments);
   const Packed& weight = of.weight;
-  const auto [begin, end] = team.share(of.rows);
-  for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* record = weight.tiles + of.ids[row] / TILE * tile_bytes(weight);
-    T* out = static_cast<T*>(of.out) + row * weight.in;
-    for (int64_t i = 0; i < weight.in; i += weight.group, record += record_bytes(weight))
-      dequantize_group(weight, record, of.ids[row] % TILE, out + i);
-  }
+  team.share(of.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* record = weight.tiles + of.ids[row] / TILE * tile_bytes(weight);
+      T* out = static_cast<T*>(of.out) + row * weight.in;
+      for (int64_t i = 0; i < weight.in; i += weight.group, record += record_bytes(weight))
+        dequantize_group(weight, record, of.ids[row] % TILE, out + i);
+    }
+  });
 }
 
-inline void copied(const void* arguments, Team team) {
+inline void copied(const void* arguments, const Team& team) {
   const Copy& copy = *static_cast<const Copy*>(arguments);
-  const auto [begin, end] = team.share(copy.rows);
-  for (int64_t row = begin; row < end; ++row)
-    std::memcpy(copy.out + row * copy.size, copy.table + copy.ids[row] * copy.size, copy.size);
+  team.share(copy.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      std::memcpy(copy.out + row * copy.size, copy.table + copy.ids[row] * copy.size, copy.size);
+  });
 }
 
 }  // namespace
