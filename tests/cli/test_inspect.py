@@ -69,6 +69,18 @@ def test_explain_shows_order_providers_fields_and_hash(cli: Callable, tiny_engin
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--temperature", "0.7"), "launched ahead; what follows the engine is a captured graph"),
+        (("--set", 'decoder="ngram"'), "each waits for the tokens of the one before: decoder 'ngram' is more than"),
+        (("--set", "output_log_probs=true"), "log-probabilities are told"),
+    ],
+)
+def test_explain_says_whether_steps_look_ahead(tiny_engine, cli, options, said) -> None:
+    assert said in " ".join(cli("explain", tiny_engine, *options).stdout.split())
+
+
 def test_explain_prints_the_order_of_the_preset(cli: Callable, tiny_engine: Path) -> None:
     options = (
         "--temperature",

@@ -85,6 +85,8 @@ def _on_cuda(config: EngineConfig) -> dict[str, str]:
 
 def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
     """A plan for ``--json``."""
+    from trtllm_core.decoding.ahead import needs_host, needs_python
+
     return {
         "hash": plan.digest(),
         "branches": asdict(plan.branching),
@@ -96,6 +98,8 @@ def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:
         "asked": dict(sorted(plan.asked.items())),
         "consumers": {name: list(names) for name, names in sorted(plan.consumers.items())},
         "notes": list(plan.notes),
+        "needs_host": needs_host(plan),
+        "needs_python": needs_python(plan),
     }
 
 
@@ -167,5 +171,17 @@ def _print_fields(plan: Plan, request: SamplingConfig) -> None:
     ]
     if plan.positions > 1:
         lines.append(("drafts", f"up to {plan.positions} positions of a branch are verified in a step"))
+    lines.append(("steps on a GPU", _steps(plan)))
     lines += [("note", note) for note in plan.notes]
     print_facts([*lines, ("plan hash", plan.digest())])
+
+
+def _steps(plan: Plan) -> str:
+    """How the steps of a request follow each other, as far as its plan decides."""
+    from trtllm_core.decoding.ahead import needs_host, needs_python
+
+    if host := needs_host(plan):
+        return f"each waits for the tokens of the one before: {host}"
+    if python := needs_python(plan):
+        return f"launched ahead; what follows the engine runs without a graph: {python}"
+    return "launched ahead; what follows the engine is a captured graph"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trtllm_core.decoding.ahead import needs_host
 from trtllm_core.decoding.branches import BranchTable
 from trtllm_core.decoding.companions import Beside
 from trtllm_core.decoding.detokenizer import TextStream
@@ -22,6 +23,8 @@ def begin(table: BranchTable, live: LiveRequest) -> None:
     """
     request, plan = live.request, live.plan
     end_ids = table.end_ids if request.sampling.end_id is None else request.sampling.end_id
+    if needs_host(plan, request):
+        table.waiting.update(live.slots)
     for number, slot in enumerate(live.slots):
         table.owners[slot] = live
         if plan.positions > 1:

@@ -77,6 +77,8 @@ class BranchTable:
         """Requests with branches that begin when the prompt is through, by the slot that runs it."""
         self.verifying: set[int] = set()
         """Slots of requests that may verify drafts."""
+        self.waiting: set[int] = set()
+        """Slots of requests whose steps need the host: see ``needs_host``."""
         self.drafts = Drafts(build.max_branches, device)
         self.token_bytes = token_bytes
         self.left: list[int] = []
@@ -99,10 +101,7 @@ class BranchTable:
     @property
     def on_device(self) -> bool:
         """Whether a step needs the host for nothing between its logits and the commit of one token a row."""
-        if self.unborn or self.verifying or self.companions or self.samplers.live:
-            return False
-        told = self.scored or self.gathering or self.conditions.replaces_tokens
-        return not told and self.pipeline.on_device and self.choosers.on_device
+        return not (self.waiting or self.unborn)
 
     @property
     def graph_key(self) -> Hashable:
@@ -143,6 +142,7 @@ class BranchTable:
             self.live.pop(slot, None)
             self.unborn.pop(slot, None)
             self.verifying.discard(slot)
+            self.waiting.discard(slot)
             self.scored.discard(slot)
             self.streams.discard(slot)
             self.companions.end(slot)

@@ -98,10 +98,6 @@ class Choosers(Stages[Decoder]):
             self._shown.pop(slot, None)
         return super().end(slots)
 
-    def _refresh(self) -> None:
-        super()._refresh()
-        self.on_device = all(isinstance(stage.plugin, SamplingDecoder) for stage in self.live)
-
     def select(self, logits: torch.Tensor, at: Positions) -> Choice:
         """Tokens for processed ``logits`` (float32 ``[n, vocab_size_padded]``, which may be overwritten).
 

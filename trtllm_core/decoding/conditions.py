@@ -32,11 +32,6 @@ class Conditions:
             self._adapters[slot] = -1
             self._adapted -= 1
 
-    @property
-    def replaces_tokens(self) -> bool:
-        """Whether some prompt has virtual tokens, which the host must know by their ids."""
-        return bool(self._tables)
-
     def inputs(self, slots: np.ndarray, row: np.ndarray, ids: np.ndarray) -> dict[str, torch.Tensor]:
         """The engine's further inputs for a step; none while no request has anything.
 

@@ -79,10 +79,6 @@ class Gathering:
         self._prompts.pop(slot, None)
         self._choosing.discard(slot)
 
-    def __bool__(self) -> bool:
-        """Whether anybody wants any."""
-        return bool(self._prompts or self._choosing)
-
     @property
     def keeps(self) -> bool:
         """Whether the logits are kept that some of the step's tokens were chosen from."""

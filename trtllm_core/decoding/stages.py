@@ -155,8 +155,6 @@ class Stages(Generic[P]):
         """Slot to what failed it, since ``take_failures``."""
         self.wants_logits = False
         """Whether a plugin at work needs the logits that tokens are chosen from, beside choosing."""
-        self.on_device = True
-        """Whether all plugins at work are of the device kind."""
         self.graph_key: Hashable = ()
         """The plugins at work on the device, and what their code depends on; None: some of it cannot be captured as a
         CUDA graph."""
@@ -293,7 +291,6 @@ class Stages(Generic[P]):
         for stage in live:
             stage.total = len(stage.members) == len(self._of)
         self.wants_logits = any(stage.wants_logits for stage in live)
-        self.on_device = not any(isinstance(stage.plugin, HostAdapter) for stage in live)
         device = [stage for stage in self.live if not isinstance(stage.plugin, HostAdapter)]
         safe = all(getattr(stage.plugin.capabilities, "graph_safe", False) for stage in device)  # type: ignore[attr-defined]
         self.graph_key = tuple((stage, stage.total, stage.plugin.graph_key) for stage in device) if safe else None
