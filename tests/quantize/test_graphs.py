@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from trtllm_core.checkpoint import open_checkpoint
-from trtllm_core.config import BuildConfig, QuantizationConfig
+from trtllm_core.config import BuildConfig, Quantization, QuantizationConfig, QuantizedLayer
 from trtllm_core.engine.build import build_engine, plan_engine
+from trtllm_core.engine.quantization import byte_tables_alone
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import Plugins
 
@@ -79,7 +80,7 @@ def test_tensorrt_engines_keep_codes(checkpoint: Path, tmp_path: Path, plugins: 
     assert verified["largest_error"] < 5e-3 * verified["largest_logit"]
 
 
-def test_what_tensorrt_refuses(checkpoint: Path, quantised_gguf: Path, tmp_path: Path, plugins: Plugins) -> None:
+def test_what_tensorrt_refuses(checkpoint: Path, tied: Path, tmp_path: Path, plugins: Plugins) -> None:
     pytest.importorskip("tensorrt_rtx")
     for source, fields, says in (
         (
@@ -87,7 +88,11 @@ def test_what_tensorrt_refuses(checkpoint: Path, quantised_gguf: Path, tmp_path:
             {"quantization": QuantizationConfig(weights="int4", symmetric=False)},
             "takes symmetric codes alone",
         ),
-        (quantised_gguf, {"quantization": QuantizationConfig(weights="keep")}, "takes symmetric codes alone"),
+        (
+            tied,
+            {"quantization": QuantizationConfig(weights="int4", head_bits=4)},
+            "has codes of 8 bits here, and 'embedding' would have 4",
+        ),
         (
             checkpoint,
             {"quantization": QuantizationConfig(weights="int4"), "options": {"weights": "inputs"}},
@@ -98,9 +103,35 @@ def test_what_tensorrt_refuses(checkpoint: Path, quantised_gguf: Path, tmp_path:
             build_engine(source, tmp_path / "engine", TRT.replace(**fields), plugins=plugins)
 
 
-def test_a_tied_table_stays_whole_for_tensorrt(tied: Path, plugins: Plugins) -> None:
-    wanted = TRT.replace(quantization=QuantizationConfig(weights="int4"))
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tensorrt_keeps_a_gguf_s_codes(quantised_gguf: Path, tmp_path: Path, plugins: Plugins, dtype: Any) -> None:
+    """Q4_1's offsets too: what is constant in a group meets the sum of the group's activations."""
+    pytest.importorskip("tensorrt_rtx")
+    wanted = TRT.replace(dtype=dtype, quantization=QuantizationConfig(weights="keep"), options={"verify": True})
+    config = build_engine(quantised_gguf, tmp_path / "engine", wanted, plugins=plugins)
+    assert config.quantization is not None
+    assert {layer.form for layer in config.quantization.layers.values()} == {"symmetric", "offsets"}
+    verified = config.record["verified"]
+    assert verified["largest_error"] < (5e-3 if dtype == "float16" else 1e-5) * verified["largest_logit"]
+
+
+def test_tensorrt_s_tied_table_has_codes(tied: Path, tmp_path: Path, plugins: Plugins) -> None:
+    """Of 8 bits, and the embedding takes rows of them."""
+    pytest.importorskip("tensorrt_rtx")
+    wanted = TRT.replace(quantization=QuantizationConfig(weights="int4"), options={"verify": True})
+    config = build_engine(tied, tmp_path / "engine", wanted, plugins=plugins)
+    assert config.quantization is not None
+    assert (config.quantization.layers["embedding"].bits, len(config.quantization.layers)) == (8, 2 * 4 + 1)
+    verified = config.record["verified"]
+    assert verified["largest_error"] < 5e-3 * verified["largest_logit"]
+
+
+def test_a_table_of_other_codes_stays_whole_for_tensorrt(tied: Path, plugins: Plugins) -> None:
+    """Where a file's codes are kept; where they were chosen it is refused. 16 bits are the engine's dtype."""
+    wanted = TRT.replace(quantization=QuantizationConfig(weights="int4", head_bits=16))
     config, _, _ = plan_engine(open_checkpoint(tied), wanted, plugins)
     assert config.quantization is not None
     assert "embedding" not in config.quantization.layers
-    assert len(config.quantization.layers) == 2 * 4
+    four = QuantizedLayer(bits=4, group_size=32, form="symmetric")
+    made = Quantization(weights="keep", layers={"embedding": four, "up": four})
+    assert byte_tables_alone(made, ["embedding"]).layers == {"up": four}

@@ -179,7 +179,7 @@ class Backend(ABC):
     takes: frozenset[str] = frozenset()
     """What they take besides, of ``lora``, ``prompt_tables``, ``quantization`` and, of quantised weights,
     ``zero_points``, ``offsets``, ``float8`` (see ``trtllm_core.config.quantization``) and ``tables``, embeddings that
-    are the head.
+    are the head (``byte_tables``: those of symmetric codes of 8 bits alone).
     A build that asks for what is not here is refused."""
     gives: frozenset[str] = frozenset()
     """What its engines give to plugins, of ``multi_position`` and ``hidden_states`` (see ``Capabilities``).

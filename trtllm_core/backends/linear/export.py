@@ -60,7 +60,7 @@ def export_module(
     for layer in module.modules():
         if isinstance(layer, RMSNorm):
             layer.kernel = _rms_norm(layer)
-    use_graph_products(module, options.accuracy_level)
+    use_graph_products(module, options.accuracy_level, options.dialect == "tensorrt")
     layers, watched = config.model.num_layers, watched_modules(module, options.debug_tensors)
     example, shapes = _example(config), _dynamic_shapes(config)
     names = ["input_ids", "write_indices", "logit_indices", *cache_names(layers, "past")]

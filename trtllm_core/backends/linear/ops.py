@@ -107,7 +107,7 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
     import onnxscript
 
     from trtllm_core.backends.linear.grouped import group_query_attention
-    from trtllm_core.backends.linear.quantized import dequantize_linear, matmul_nbits
+    from trtllm_core.backends.linear.quantized import dequantize_linear, matmul_nbits, signed_rows
 
     op: Any = onnxscript.values.Opset("", 24)
     trt: Any = onnxscript.values.Opset("trt", 1)
@@ -151,6 +151,7 @@ def translations(dialect: Dialect) -> dict[Any, Callable[..., Any]]:
     ours, aten = torch.ops.trtllm_core, torch.ops.aten
     return {
         ours.quantized_linear.default: matmul_nbits() if dialect == "onnxruntime" else dequantize_linear(),
+        ours.quantized_rows.default: signed_rows(),
         ours.grouped_attention.default: group_query_attention(),
         ours.kv_update.default: onnx_kv_update,
         ours.attention_lower_right.default: trt_attention_lower_right,

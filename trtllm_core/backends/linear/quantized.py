@@ -51,13 +51,30 @@ def _(
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-def use_graph_products(module: nn.Module, accuracy_level: int) -> None:
-    """Have quantised layers traced as ``quantized_linear``, and quantised tables as what takes rows of codes."""
+@torch.library.custom_op("trtllm_core::quantized_rows", mutates_args=())
+def quantized_rows(
+    ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int
+) -> torch.Tensor:
+    """``ids [batch, tokens] -> [batch, tokens, in]``: rows of a table of symmetric codes, in the scales' dtype."""
+    how = QuantizedLayer(bits=bits, group_size=group_size, form="symmetric")  # type: ignore[arg-type]
+    return QuantizedWeight(how, codes, scales).dequantize(ids).to(scales.dtype)
+
+
+@quantized_rows.register_fake
+def _(ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    return scales.new_empty(*ids.shape, scales.shape[1] * group_size)
+
+
+def use_graph_products(module: nn.Module, accuracy_level: int, signed_tables: bool) -> None:
+    """Have quantised layers traced as ``quantized_linear``, and quantised tables as what takes rows of codes.
+
+    ``signed_tables``: those rows are taken by ``quantized_rows``, which TensorRT's signed codes take the place in.
+    """
     for layer in module.modules():
         if isinstance(layer, Linear) and layer.quantized is not None:
             layer.matmul = _product(layer, layer.quantized, accuracy_level)
             if isinstance(layer, VocabParallelEmbedding):
-                layer.lookup = _lookup(layer, layer.quantized)
+                layer.lookup = (_signed_lookup if signed_tables else _lookup)(layer, layer.quantized)
 
 
 def _product(layer: Any, how: QuantizedLayer, accuracy_level: int) -> MatMul:
@@ -67,7 +84,8 @@ def _product(layer: Any, how: QuantizedLayer, accuracy_level: int) -> MatMul:
         zeros = layer.zero_points if how.form == "zero_points" else None
         y: torch.Tensor = quantized_linear(x, codes, layer.scales, zeros, how.bits, how.group_size, accuracy_level)
         if how.form == "offsets":
-            # Zero points of floating point make MatMulNBits slow. What is constant in a group meets the group's sum.
+            # Zero points of floating point make MatMulNBits slow, and DequantizeLinear has none. What is constant in a
+            # group meets the group's sum.
             middle = 1 << (how.bits - 1)
             sums = x.reshape(*x.shape[:-1], -1, how.group_size).sum(-1)
             y = y + functional.linear(sums, layer.offsets + layer.scales * middle)
@@ -82,6 +100,14 @@ def _lookup(layer: Any, how: QuantizedLayer) -> Callable[[torch.Tensor, torch.Te
         offsets = layer.offsets if how.form == "offsets" else None
         weight = QuantizedWeight(how, codes, layer.scales, zeros, offsets)
         return weight.dequantize(input_ids).to(layer.scales.dtype)
+
+    return lookup
+
+
+def _signed_lookup(layer: Any, how: QuantizedLayer) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def lookup(input_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = quantized_rows(input_ids, codes, layer.scales, how.bits, how.group_size)
+        return rows
 
     return lookup
 
@@ -149,6 +175,19 @@ def dequantize_linear() -> Callable[..., Any]:
     ) -> Any:
         weight = op.DequantizeLinear(codes, scales, axis=1, block_size=group_size)
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+    return translate
+
+
+def signed_rows() -> Callable[..., Any]:
+    """The translation of ``quantized_rows`` for TensorRT: the table's codes are INT8 by then, see ``write_signed``."""
+    import onnxscript
+
+    op: Any = onnxscript.values.Opset("", 24)
+
+    def translate(ids: Any, codes: Any, scales: Any, bits: int, group_size: int) -> Any:
+        table = op.DequantizeLinear(codes, scales, axis=1, block_size=group_size)
+        return op.Gather(table, ids, axis=0)
 
     return translate
 

@@ -37,7 +37,7 @@ class TensorRTBackend(Backend):
     name = "tensorrt"
     contract = "padded_linear"
     gives = frozenset({"multi_position"})
-    takes = frozenset({"quantization"})
+    takes = frozenset({"quantization", "offsets", "byte_tables"})
 
     def probe(self) -> Availability:
         """See ``Backend``."""
