@@ -276,7 +276,7 @@ def test_activations(name: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(24, 64), (6, 100), (130, 1500)])
 def test_products_of_one_row(shape: tuple[int, int], device: str) -> None:
-    tilings = TILINGS if device == "cuda" else (Tiling(4, 64, 4), Tiling(8, 256, 4))
+    tilings = TILINGS if device == "cuda" else (Tiling(4, 64, 4), Tiling(8, 256, 4), Tiling(8, 512, 4, 2))
     x, weight = torch.randn(1, shape[1], device=device), torch.randn(shape, device=device)
     bias, residual = torch.randn(shape[0], device=device), torch.randn(1, shape[0], device=device)
     plain = functional.linear(x.double(), weight.double())

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 import torch
 
 HOPPER = (9, 0)
-"""The compute capability from which kernels can be launched before the one before them is done."""
+"""The compute capability from which kernels can be launched before the one before them is done, and from which PyTorch
+multiplies rows of fp8 with a scale each."""
 ADA = (8, 9)
 """The compute capability from which there are conversions to and from fp8."""
 AMPERE = (8, 0)

@@ -87,7 +87,7 @@ class Tunings:
         found = self._known[key]
         if found is None:
             return None
-        return Tiling(*found) if len(found) == len(Tiling._fields) else Blocks(*found)
+        return Blocks(*found) if len(found) == len(Blocks._fields) else Tiling(*found)
 
     def save(self) -> None:
         """Write what was measured, if anything was. Others may have written meanwhile: theirs stays."""
@@ -140,11 +140,14 @@ def most_rows(weight: torch.Tensor | Codes) -> int:
 
 
 def candidates(weight: torch.Tensor | Codes, rows: int) -> Sequence[Way]:
-    """What is tried for a product, the likeliest first. For codes the library is the last resort."""
+    """What is tried for a product, the likeliest first. For codes the library is the last resort. One row of them goes
+    through the matrix units where much of it is alike: the numbers of e4m3 are converted faster for them, and a head is
+    long."""
     if isinstance(weight, torch.Tensor):
         return (*TILINGS, None) if rows == 1 else (None, *BLOCKS)
-    one: Sequence[Way] = CODED_TILINGS if rows == 1 else ()
-    return (*one, *CODED_BLOCKS) if weight.float8 or rows <= FEWEST else (*CODED_BLOCKS, None)
+    if rows == 1:
+        return (*CODED_TILINGS, *CODED_BLOCKS[:4]) if weight.bits == 8 else CODED_TILINGS
+    return CODED_BLOCKS if weight.float8 or rows <= FEWEST else (*CODED_BLOCKS, None)
 
 
 def measured(

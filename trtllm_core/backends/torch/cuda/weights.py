@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trtllm_core.backends.torch.cuda.kernels.coded import Codes
+from trtllm_core.backends.torch.cuda.support import HOPPER
 from trtllm_core.nn import Linear
 from trtllm_core.nn.quantized import weight_of
 
@@ -15,12 +16,10 @@ SMALLEST = torch.finfo(torch.float16).tiny
 ALIGNED = 32
 """What divides the input features: rows of codes then begin where a thread can load 16 bytes."""
 
-FLOAT8_SINCE = (8, 9)
-"""The compute capability from which there are numbers of e4m3."""
-
 
 def codes_of(layer: Linear) -> Codes | None:
-    """The weight of a quantised layer, on a GPU; None: the kernels cannot read it.
+    """The weight of a quantised layer, on a GPU; None: the kernels cannot read it. Before Hopper, PyTorch's product of
+    rows of e4m3 gives bfloat16 alone, or nothing.
 
     Scales and offsets take two bytes each where that costs no more than a rounding of them. The layer's own ``scales``
     become those, so that nothing is held twice.
@@ -32,7 +31,7 @@ def codes_of(layer: Linear) -> Codes | None:
         return None
     if float8:
         device = weight.codes.device
-        if out % 16 or (device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_SINCE):
+        if out % 16 or (device.type == "cuda" and torch.cuda.get_device_capability(device) < HOPPER):
             return None
         return Codes(weight.codes, weight.scales, None, 8, weight.layer.group_size, True)
     scales, offsets, zeros = halved(weight.scales), None, weight.zeros()

@@ -48,6 +48,10 @@ CODED_TILINGS = (
     Tiling(4, 1024, 4),
     Tiling(2, 2048, 2),
     Tiling(4, 2048, 4),
+    Tiling(4, 1024, 2, 2),
+    Tiling(4, 2048, 4, 2),
+    Tiling(8, 1024, 4, 2),
+    Tiling(2, 2048, 2, 2),
 )
 """What is tried when a product is measured; the first is taken for what is too small to be."""
 
@@ -84,6 +88,7 @@ def coded_gemv(
         _ONE,
         ROWS=2 * tiling.rows if gated else tiling.rows,
         WORDS=tiling.columns * weight.bits // 32,
+        AHEAD=tiling.ahead,
         BITS=weight.bits,
         GROUP=0 if weight.whole else weight.group_size,
         FLOAT8=weight.float8,
@@ -197,6 +202,7 @@ def _coded_gemv(
     one,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT8: tl.constexpr,
@@ -235,15 +241,23 @@ def _coded_gemv(
         scales = tl.load(scale_at + (word // share)[:, None], mask=mask, other=0.0)
     if OFFSETS:
         offsets = tl.load(offset_at + (word // share)[:, None], mask=mask, other=0.0)
+    if AHEAD == 2:
+        second = WORDS + word
+        mask = live[None, :] & (second < width)[:, None]
+        more_words = tl.load(at + WORDS, mask=mask, other=0)
+        if not whole:
+            more_scales = tl.load(scale_at + (second // share)[:, None], mask=mask, other=0.0)
+        if OFFSETS:
+            more_offsets = tl.load(offset_at + (second // share)[:, None], mask=mask, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     sums = tl.zeros((WORDS, ROWS), tl.float32)
     plains = tl.zeros((WORDS, 1), tl.float32)
     for start in range(0, width, WORDS):
-        later = start + WORDS + word
+        later = start + AHEAD * WORDS + word
         mask = live[None, :] & (later < width)[:, None]
-        next_words = tl.load(at + (start + WORDS), mask=mask, other=0)
+        next_words = tl.load(at + (start + AHEAD * WORDS), mask=mask, other=0)
         if not whole:
             next_scales = tl.load(scale_at + (later // share)[:, None], mask=mask, other=0.0)
         if OFFSETS:
@@ -261,12 +275,23 @@ def _coded_gemv(
         if OFFSETS:
             sums += scales.to(tl.float32) * (worth - plain * (1 << BITS))
             sums += offsets.to(tl.float32) * plain
-            offsets = next_offsets
         elif not whole:
             sums += scales.to(tl.float32) * (worth - plain * (3 << (BITS - 1)))
-        words = next_words
-        if not whole:
-            scales = next_scales
+        if AHEAD == 2:
+            words = more_words
+            more_words = next_words
+            if not whole:
+                scales = more_scales
+                more_scales = next_scales
+            if OFFSETS:
+                offsets = more_offsets
+                more_offsets = next_offsets
+        else:
+            words = next_words
+            if not whole:
+                scales = next_scales
+            if OFFSETS:
+                offsets = next_offsets
     if FLOAT8:
         y = tl.sum(sums, 0)
     elif whole:

@@ -21,6 +21,8 @@ class Tiling(NamedTuple):
     columns: int
     """Of these, at a time."""
     warps: int
+    ahead: int = 1
+    """Pieces of the weight that are under way while one is used: 1 or 2."""
 
 
 TILINGS = (
@@ -32,6 +34,10 @@ TILINGS = (
     Tiling(2, 2048, 4),
     Tiling(16, 256, 4),
     Tiling(16, 512, 4),
+    Tiling(4, 512, 4, 2),
+    Tiling(8, 512, 4, 2),
+    Tiling(2, 1024, 4, 2),
+    Tiling(4, 1024, 4, 2),
 )
 """What is tried when a product is measured; the first is taken for what is too small to be."""
 
@@ -75,6 +81,7 @@ def gemv(
         in_features,
         ROWS=tiling.rows,
         COLUMNS=tiling.columns,
+        AHEAD=tiling.ahead,
         KIND=NAMES.index(activation),
         GATED=gated,
         BIASED=bias is not None,
@@ -96,6 +103,7 @@ def _gemv(
     in_features,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -108,11 +116,16 @@ def _gemv(
     live = row < out_features
     at = weight_ptr + row.to(tl.int64)[:, None] * in_features + column[None, :]
     other_at = at + tl.full((), 1, tl.int64) * out_features * in_features
-    # The first piece of the weight is on its way before the kernel waits for the one before it.
+    # The first pieces of the weight are on their way before the kernel waits for the one before it.
     mask = live[:, None] & (column < in_features)[None, :]
     piece = tl.load(at, mask=mask, other=0.0)
     if GATED:
         other_piece = tl.load(other_at, mask=mask, other=0.0)
+    if AHEAD == 2:
+        mask = live[:, None] & (COLUMNS + column < in_features)[None, :]
+        second = tl.load(at + COLUMNS, mask=mask, other=0.0)
+        if GATED:
+            other_second = tl.load(other_at + COLUMNS, mask=mask, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -120,7 +133,7 @@ def _gemv(
     if GATED:
         other_sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, in_features, COLUMNS):
-        later = start + COLUMNS
+        later = start + AHEAD * COLUMNS
         mask = live[:, None] & (later + column < in_features)[None, :]
         following = tl.load(at + later, mask=mask, other=0.0)
         if GATED:
@@ -130,10 +143,18 @@ def _gemv(
         else:
             x = tl.load(x_ptr + start + column, mask=start + column < in_features, other=0.0).to(tl.float32)
         sums += piece.to(tl.float32) * x[None, :]
-        piece = following
         if GATED:
             other_sums += other_piece.to(tl.float32) * x[None, :]
-            other_piece = other_following
+        if AHEAD == 2:
+            piece = second
+            second = following
+            if GATED:
+                other_piece = other_second
+                other_second = other_following
+        else:
+            piece = following
+            if GATED:
+                other_piece = other_following
     y = tl.sum(sums, 1)
     if BIASED:
         y += tl.load(bias_ptr + row, mask=live, other=0.0).to(tl.float32)
