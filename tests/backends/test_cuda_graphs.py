@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from trtllm_core.backends.torch.cuda import context, tuning
 from trtllm_core.backends.torch.cuda.graphs import buckets
-from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS
+from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling
 from trtllm_core.backends.torch.cuda.product import Product
 from trtllm_core.backends.torch.cuda.tuning import Tunings
 
@@ -106,13 +106,13 @@ def test_choices_of_kernels_are_measured_once_and_kept(tmp_path: Path, monkeypat
     large, path = torch.empty(1024, 1024), tmp_path / "deep" / "kernels.json"
     first = Tunings(path)
     assert first.choose(Product(), [torch.empty(8, 8)], None) == TILINGS[0], "too small to be measured"
-    assert first.choose(Product(), [large], None) == (2, 1024, 4)
+    assert first.choose(Product(), [large], None) == Tiling(2, 1024, 4)
     assert first.choose(Product(gated=True, activation="silu"), [large], None) is None
     first.choose(Product(), [large], None)
     assert len(calls) == 2
     first.save()
     second = Tunings(path)
-    assert second.choose(Product(), [large], None) == (2, 1024, 4)
+    assert second.choose(Product(), [large], None) == Tiling(2, 1024, 4)
     assert second.choose(Product(gated=True, activation="silu"), [large], None) is None
     assert len(calls) == 2
     path.write_text("{")
