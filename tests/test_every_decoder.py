@@ -127,3 +127,20 @@ def test_after_giving_its_cache_back(
     preempted = {int(one.request_id): one.preemptions for one in outputs}
     names = list(asked)
     assert [names[i] for i, count in preempted.items() if not count] == []
+
+
+def test_where_every_token_is_forbidden(runner: ModelRunner, asked: dict[str, SamplingConfig]) -> None:
+    """The request ends with an error that says who chose nothing; others beside it do not."""
+    forbidden = [[token] for token in range(67)]
+    fine = BASE.replace(top_k=1)
+    due = told(runner.generate([[4, 5]], fine)["outputs"])
+    for name, config in asked.items():
+        ask = config.replace(bad_words_list=forbidden)
+        for prompts, configs in (([[5, 6]], [ask]), ([[5, 6], [4, 5]], [ask, fine])):
+            outputs = runner.generate(prompts, configs)["outputs"]
+            mine = [one for one in outputs if one.request_id == "0"]
+            assert {one.finish_reason for one in mine} == {"plugin_error"}, name
+            assert name in str(mine[0].error) or name == "draft_model", mine[0].error
+            assert told(outputs[len(mine) :]) in ([], due)
+    loop = runner.generation.loop
+    assert loop.cache.usage().free == loop.cache.usage().total

@@ -51,7 +51,7 @@ def with_searches(choice: Choice, searches: Sequence[Search], at: Positions) -> 
     starts = torch.arange(len(choice.slots), device=device) if at.starts is None else at.starts
     own = starts.unsqueeze(1).expand(-1, width) if choice.source is None else choice.source
     place = {slot: i for i, slot in enumerate(choice.slots)}
-    parents = torch.tensor([place[slot] for search in searches for slot in search.slots], device=device)
+    parents = [place[slot] for search in searches for slot in search.slots]  # none where every token is forbidden
     for search in searches:
         more = torch.nn.functional.pad(search.candidates.tokens.unsqueeze(1), (0, width - 1))
         tokens = torch.cat([tokens, more])
@@ -61,7 +61,9 @@ def with_searches(choice: Choice, searches: Sequence[Search], at: Positions) -> 
         [choice.slots[i] for i in plain] + [slot for search in searches for slot in search.slots],
         Selection(tokens, counts, None if given is None else given[rows]),
         searches,
-        torch.cat([own[rows], starts[parents].unsqueeze(1).expand(-1, width)]),
+        torch.cat(
+            [own[rows], starts[torch.tensor(parents, dtype=torch.int64, device=device)].unsqueeze(1).expand(-1, width)]
+        ),
     )
 
 
