@@ -39,7 +39,11 @@ class StaticBatch:
             stack.enter_context(self._lora.using(request.adapter for request in requests))
             scheduler = Scheduler(self._loop, strict=True)
             stack.callback(scheduler.close)
-            for request, plan in zip(requests, self._check(requests), strict=True):
+            plans = self._check(requests)
+            # Where a user gives no seed each rank has drawn one: that of the first counts, as ranks must draw alike.
+            seeds = self._loop.session.engine.broadcast([request.seed for request in requests])
+            alike = [request.with_seed(seed) for request, seed in zip(requests, seeds, strict=True)]
+            for request, plan in zip(alike, plans, strict=True):
                 scheduler.add(request, plan)
             while scheduler.busy:
                 turn = scheduler.step()
@@ -59,14 +63,9 @@ class StaticBatch:
         """Refuse what cannot work before the first token of anybody."""
         plans = []
         processors: dict[str, dict[object, PlanItem]] = {}  # by preset
-        ranks = self._loop.session.config.build.tp_size
         for request in requests:
             beside = processors.setdefault(request.sampling.preset, {})
             plan = self._loop.check(request, beside.values())
             beside.update({item.key: item for item in plan.processors})
-            if ranks > 1 and plan.draws and request.sampling.random_seed is None:
-                raise ConfigError(
-                    f"give random_seed: decoder {plan.decoder.name!r} may draw, and {ranks} ranks must draw alike"
-                )
             plans.append(plan)
         return plans

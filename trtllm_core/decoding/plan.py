@@ -58,13 +58,6 @@ class Plan:
     companions: tuple[CompanionPrompts, ...] = ()
     """What runs beside each branch, for processors that ask for it."""
 
-    @property
-    def draws(self) -> bool:
-        """Whether the tokens that it takes may depend on ``random_seed``."""
-        taker = self.sampler or self.decoder
-        seeded = "random_seed" in self.decoder.consumes | taker.consumes
-        return seeded and not taker.plugin.capabilities.greedy  # type: ignore[attr-defined]
-
     @cached_property
     def ranked(self) -> bool:
         """Whether its decoder ranks the sequences: what the user gets is known only at the end."""

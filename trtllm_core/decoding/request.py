@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,12 @@ class Request:
         if self.scores_prompt:
             object.__setattr__(self, "_own", secrets.randbits(63))
         object.__setattr__(self, "seed", secrets.randbits(63) if seed is None else seed)
+
+    def with_seed(self, seed: int) -> Request:
+        """The same request, with another seed."""
+        one = copy.copy(self)
+        object.__setattr__(one, "seed", seed)
+        return one
 
     @property
     def scores_prompt(self) -> bool:

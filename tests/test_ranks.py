@@ -1,4 +1,4 @@
-"""Two ranks run companions beside their branches, and find what one finds."""
+"""Two ranks run companions beside their branches, and find what one finds; and they draw alike without a seed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ def tokens(runner: ModelRunner) -> dict[str, list[tuple[int, ...]]]:
     return {name: [one.tokens for one in runner.generate(PROMPTS, asked)["outputs"]] for name, asked in CASES.items()}
 
 
+DRAWN = {
+    "by the sampler": ASK.replace(top_k=0, top_p=1.0, temperature=1.5),
+    "by a processor": ASK.replace(logits_processors=use("xtc", threshold=0.01, probability=0.5)),
+    "by a decoder": ASK.replace(top_k=0, top_p=1.0, decoder=use("best_of", n=2)),
+}
+
+
+def drawn(parallel: TensorParallel, engine: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The seed that one rank used, and what it drew."""
+    runner = ModelRunner.from_dir(engine, parallel.rank, parallel=parallel)
+    outputs = {name: runner.generate([[5, 6]], asked)["outputs"][0] for name, asked in DRAWN.items()}
+    return {name: (one.seed, one.tokens) for name, one in outputs.items()}
+
+
 def guided(parallel: TensorParallel, engine: Path) -> dict[str, list[tuple[int, ...]]]:
     """What one rank answers."""
     return tokens(ModelRunner.from_dir(engine, parallel.rank, parallel=parallel))
@@ -38,3 +52,11 @@ def test_two_ranks_are_guided_like_one(tmp_path: Path) -> None:
     plain = [one.tokens for one in runner.generate(PROMPTS, ASK)["outputs"]]
     assert alone["greedy"][0] != plain[0], "or it would show little"
     assert run_ranks(guided, 2, tmp_path / "engine2", timeout=120, backend="gloo") == [alone] * 2
+
+
+def test_without_a_seed_two_ranks_draw_alike(tmp_path: Path) -> None:
+    build_engine(write_llama(tmp_path / "hf"), tmp_path / "engine", LIMITS.replace(tp_size=2))
+    first, second = run_ranks(drawn, 2, tmp_path / "engine", timeout=120, backend="gloo")
+    assert first == second
+    again = run_ranks(drawn, 2, tmp_path / "engine", timeout=120, backend="gloo")
+    assert again[0] != first, "each time another seed"
