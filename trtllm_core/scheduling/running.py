@@ -25,6 +25,7 @@ class Running:
         self._budget = budget
         self._tickets: list[Ticket] = []
         self._slots: np.ndarray | None = None  # of all that run; None: somebody came or went
+        self._by_slot: list[int] | None = None  # the same, sorted; None: nobody asked
         self._owner: np.ndarray | None = None  # whose each of the slots is, where some request has several
         self.has_read = False
         """Whether the last step that was shared out runs a prompt."""
@@ -81,6 +82,8 @@ class Running:
         if self._loop.branches.companions:
             return self._share_with_companions(slots)
         generate = wanted == 1
+        if self._slots is not None and len(slots) <= self._budget and generate.all():
+            return self._next_of_all(slots)
         if self._owner is not None:
             apart = self._apart(self._owner, generate | (wanted == 0))
             generate, wanted = generate & ~apart, wanted - apart
@@ -92,6 +95,16 @@ class Running:
         rows = [*first.tolist(), *rest[parts > 0].tolist()]
         counts = [1] * len(first) + parts[parts > 0].tolist()
         self.has_read = len(rows) > len(first)
+        if self._loop.branches.verifying:
+            self._add_drafts(rows, counts)
+        return rows, counts
+
+    def _next_of_all(self, slots: np.ndarray) -> tuple[list[int], list[int]]:
+        """What nearly all steps do."""
+        if self._by_slot is None:
+            self._by_slot = np.sort(slots).tolist()
+        rows, counts = self._by_slot.copy(), [1] * len(slots)
+        self.has_read = False
         if self._loop.branches.verifying:
             self._add_drafts(rows, counts)
         return rows, counts
@@ -135,6 +148,7 @@ class Running:
         """
         slots = self._slots
         if slots is None:
+            self._by_slot = None
             lives = [each.live for each in self._tickets if each.live is not None]
             slots = np.array([branch.slot for live in lives for branch in live.running], np.int64)
             branching = any(each.plan.branching.max_branches > 1 for each in self._tickets)
