@@ -1,9 +1,9 @@
-"""How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [--eager] [--quant fp8]``.
+"""How fast decode steps are on a GPU: ``python -m tests.cuda_steps llama-3-8b 1,32,256 [OPTION …]``.
 
-For each batch: tokens a second of ``ModelRunner.generate``, greedy, while all of it generate; the time until then;
+For each batch: tokens a second of ``ModelRunner.generate`` (greedy) while all of it generate; the time until then;
 and the time of the engine's part of a step alone (inputs, forward pass, logits), with the bytes that it must read.
 Random weights. ``--eager``: without graphs and kernels of our own. ``--quant``: fp8, int8 or int4, ``int4:128`` for
-groups of 128 without zero points.
+groups of 128 without zero points. ``--sampled``: every row with a temperature, top-p and a repetition penalty.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from trtllm_core.cli.bench.random_engine import random_runner
 from trtllm_core.config import QuantizationConfig
 
 LONGEST, REPEATS, STEPS = 512, 3, 30
+GREEDY = SamplingConfig(end_id=())
+SAMPLED = GREEDY.replace(temperature=0.8, top_k=0, top_p=0.9, repetition_penalty=1.2, random_seed=1)
 
 
 def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> ModelRunner:
@@ -32,7 +34,9 @@ def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> Mode
     return random_runner(shape, limits, "cuda", cuda_graphs=graphs)
 
 
-def generated(runner: ModelRunner, batch: int, prompt: int, new: int) -> tuple[float, float]:
+def generated(
+    runner: ModelRunner, batch: int, prompt: int, new: int, sampling: SamplingConfig = GREEDY
+) -> tuple[float, float]:
     """Tokens a second while all of the batch generate, and seconds until a batch's first tokens: medians."""
     random = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, runner.config.model.vocab_size, (batch, prompt), generator=random).tolist()
@@ -40,7 +44,7 @@ def generated(runner: ModelRunner, batch: int, prompt: int, new: int) -> tuple[f
     def run(tokens: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         start, seen, told, since = time.perf_counter(), set[str](), 0, 0.0
-        for delta in runner.generate(prompts, SamplingConfig(end_id=(), max_new_tokens=tokens), streaming=True):
+        for delta in runner.generate(prompts, sampling, max_new_tokens=tokens, streaming=True):
             if len(seen) < batch:
                 seen.add(delta.request_id)
                 since = time.perf_counter()
@@ -90,7 +94,7 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, shape, quant or model.dtype)
     for batch in batches:
         prompt, new = (128, 255) if batch == 1 else (256, 64)
-        rate, first = generated(runner, batch, prompt, new)
+        rate, first = generated(runner, batch, prompt, new, SAMPLED if "--sampled" in sys.argv else GREEDY)
         past = prompt + new // 2
         step = executed(engine, batch, past)
         cache = batch * past * 4 * model.num_kv_heads * model.head_size * model.num_layers
