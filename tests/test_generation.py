@@ -10,6 +10,7 @@ import torch
 from trtllm_core import GenerationSession, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, Session
 from trtllm_core.config import BuildConfig
 from trtllm_core.errors import CapacityError, ConfigError, PluginContractError
+from trtllm_core.plugin import HostStoppingCriterion
 from trtllm_core.plugin.kv_policy import Edits, Move
 from trtllm_core.testing.markov import MarkovExecutable
 
@@ -307,3 +308,18 @@ def test_a_policy_that_moves_what_nobody_computed_is_refused(plugins, monkeypatc
         r.generate([[1]], end_id=())
     assert r.session.engine.calls == 0
     assert r.generation.loop.branches.slots.free == 8
+
+
+class NeverStops(HostStoppingCriterion):
+    def check(self, state, tokens, new):
+        return None
+
+
+def test_requests_with_the_same_wishes_are_planned_once(plugins):
+    planner = runner(plugins).generation.loop.branches.planner
+    wish, other = SamplingConfig(top_k=0, top_p=0.9), SamplingConfig(top_k=0, top_p=0.9, repetition_penalty=1.1)
+    plan = planner.plan(wish, prompt=(1, 2))
+    assert planner.plan(wish, prompt=(3,)) is plan
+    penalised = planner.plan(other, beside=plan.processors)
+    assert planner.plan(wish, beside=penalised.processors) is not plan, "it must be put in order with theirs"
+    assert planner.plan(wish, criteria=[NeverStops()]) is not plan

@@ -9,6 +9,7 @@ from typing import Any
 from trtllm_core.config import BuildConfig, PluginUse, SamplingConfig
 from trtllm_core.decoding.branching import branching_of, overrides, positions_of
 from trtllm_core.decoding.companion_prompts import check_slots, companions_of
+from trtllm_core.decoding.idle import asks_greedy, idle_of
 from trtllm_core.decoding.making import check_kind, made, parameters
 from trtllm_core.decoding.order import PRESETS, ordered
 from trtllm_core.decoding.plan import Plan, PlanItem
@@ -87,10 +88,12 @@ class Planner:
     """The engine's limits; None: not known."""
     _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
     _rewindable: int | None = None
+    _last: tuple[SamplingConfig, Plan] | None = None
+    """The last plan that any request with these wishes has, whatever its prompt: many come with the same object."""
 
     def follow(self, rewindable: int | None) -> None:
         """The cache is one that can take back so many tokens; None: all. None can leave an attention window's ring."""
-        self._rewindable = rewindable
+        self._rewindable, self._last = rewindable, None
         self.offers = self.offers - {"kv_rewind"} if rewindable == 0 else self.offers | {"kv_rewind"}
 
     def plan(
@@ -114,6 +117,23 @@ class Planner:
             CapacityError: more branches than the engine was built for.
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
+        if self._last is not None and self._last[0] is sampling and not (processors or criteria):
+            plan = self._last[1]
+            if {item.key for item in beside} <= {item.key for item in plan.processors}:
+                return plan
+        plan = self._plan(sampling, processors, criteria, beside, prompt)
+        if isinstance(plan.decoder.plugin, Sampler) and not (processors or criteria or plan.companions):
+            self._last = sampling, plan
+        return plan
+
+    def _plan(
+        self,
+        sampling: SamplingConfig,
+        processors: Sequence[LogitsProcessor],
+        criteria: Sequence[StoppingCriterion],
+        beside: Iterable[PlanItem],
+        prompt: Sequence[int],
+    ) -> Plan:
         decoder = self._decoder(sampling)
         sampler = self._sampler(sampling, decoder)
         own = decoder.consumes if sampler is None else decoder.consumes | sampler.consumes
@@ -128,7 +148,7 @@ class Planner:
         log_probs = sampling.output_log_probs or sampling.output_cum_log_probs or sampling.num_logprobs > 0
         seers = (decoder, taker, *stops)
         looks = any("logits" in item.plugin.capabilities.needs for item in seers)  # type: ignore[attr-defined]
-        idle = _idle(sampling, taker, sampling.decoder is None or sampler is not None, chosen, log_probs, looks)
+        idle = idle_of(sampling, taker, sampling.decoder is None or sampler is not None, chosen, log_probs, looks)
         chosen = [item for item in chosen if item.key not in idle]
         notes = tuple(idle.values())
         for item in (decoder, taker, *chosen, *stops):
@@ -167,7 +187,7 @@ class Planner:
         needs = capabilities.needs & {"sampler", "distribution"}
         if not needs:
             return None
-        use = PluginUse(name="greedy" if _greedy(sampling) else PRESETS[sampling.preset].sampler)
+        use = PluginUse(name="greedy" if asks_greedy(sampling) else PRESETS[sampling.preset].sampler)
         item = self._item("sampler", self.plugins.decoders, use, (Sampler,))
         if "distribution" in needs and not overrides(item.plugin, Sampler, "distribution"):
             raise ConfigError(f"decoder {decoder.name!r} needs probabilities, which sampler {item.name!r} cannot tell")
@@ -176,7 +196,7 @@ class Planner:
     def _decoder(self, sampling: SamplingConfig) -> PlanItem:
         use = sampling.decoder
         if use is None:
-            greedy = _greedy(sampling)
+            greedy = asks_greedy(sampling)
             name = "greedy" if greedy else PRESETS[sampling.preset].sampler
             if sampling.num_beams > 1 or sampling.beam_width_array:
                 hf = "hf_beam_search" if greedy else "hf_beam_sample"
@@ -245,38 +265,6 @@ class Planner:
 def _kind(thing: object) -> str:
     """What stands for an object, such as a draft engine, among a request's wishes."""
     return type(thing).__name__
-
-
-def _greedy(sampling: SamplingConfig) -> bool:
-    """Whether its fields, unless a decoder is named, ask for the likeliest tokens and not for drawn ones."""
-    return sampling.temperature == 0 or sampling.top_k == 1 or (sampling.top_k == 0 and sampling.top_p == 0)
-
-
-def _idle(
-    sampling: SamplingConfig,
-    taker: PlanItem,
-    by_fields: bool,
-    chosen: Iterable[PlanItem],
-    log_probs: bool,
-    looks: bool,
-) -> dict[object, str]:
-    """Processors that are left out where nothing is drawn: key to what is said about it.
-
-    ``taker`` takes the tokens, ``by_fields``: because the request's fields say so. ``looks``: a plugin that is no
-    processor sees the logits that were chosen from.
-    """
-    idle: dict[object, str] = {}
-    greedy = taker.plugin.capabilities.greedy  # type: ignore[attr-defined]
-    draws = not (greedy or (by_fields and _greedy(sampling)))
-    preset, named = PRESETS[sampling.preset], {use.name for use in sampling.logits_processors}
-    for item in chosen:
-        phase, capabilities = item.plugin.phase, item.plugin.capabilities  # type: ignore[attr-defined]
-        seen = looks or (log_probs and phase not in preset.unscored)
-        if greedy and capabilities.argmax_invariant and not seen:
-            idle[item.key] = f"{item.name}: left out, it cannot change which logit is largest"
-        elif not draws and phase in preset.only_drawn and not item.passed and item.name not in named:
-            idle[item.key] = f"{item.name}: left out, in preset {sampling.preset} it shapes drawn choices only"
-    return idle
 
 
 def _check_beside(chosen: Sequence[PlanItem], beside: Iterable[PlanItem], preset: str) -> None:
