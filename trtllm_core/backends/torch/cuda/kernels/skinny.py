@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, act
 from trtllm_core.backends.torch.cuda.kernels.coded import Codes
+from trtllm_core.backends.torch.cuda.kernels.combine import combine
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 
 
@@ -52,8 +53,6 @@ CODED_BLOCKS = (
 
 MOST_ROWS = 64
 """Of ``x``, in one program."""
-
-_COMBINED = 1024
 
 
 def skinny(
@@ -125,18 +124,7 @@ def skinny(
         **after,
     )
     if splits > 1:
-        _combine[(rows, triton.cdiv(out_features, _COMBINED))](
-            partial,
-            scales,
-            stored if bias is None else bias,
-            out,
-            rows,
-            out_features,
-            SPLITS=splits,
-            BLOCK=_COMBINED,
-            num_warps=4,
-            **after,
-        )
+        combine(partial, scales, stored if bias is None else bias, out, after)
     return out
 
 
@@ -261,68 +249,3 @@ def _skinny(
         if ADDED:
             sums += tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _combine(
-    partial_ptr,
-    scales_ptr,
-    bias_ptr,
-    out_ptr,
-    rows,
-    out_features,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIASED: tl.constexpr,
-    ADDED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The sum of what ``_skinny`` left in several parts, and what follows it."""
-    out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    y = _combined(partial_ptr, scales_ptr, bias_ptr, rows, out_features, out, 0, SPLITS, BLOCK, GATED, SCALED, BIASED)
-    y = act(y, KIND)
-    if GATED:
-        y *= _combined(
-            partial_ptr, scales_ptr, bias_ptr, rows, out_features, out, 1, SPLITS, BLOCK, GATED, SCALED, BIASED
-        )
-    live = out < out_features
-    at = out_ptr + tl.program_id(0).to(tl.int64) * out_features + out
-    if ADDED:
-        y += tl.load(at, mask=live, other=0.0).to(tl.float32)
-    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def _combined(
-    partial_ptr,
-    scales_ptr,
-    bias_ptr,
-    rows,
-    out_features,
-    out,
-    PART: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIASED: tl.constexpr,
-):
-    """Of one row, the features ``out`` of the gate (``PART`` 0) or of the other."""
-    live = out < out_features
-    width = 2 * out_features if GATED else out_features
-    column = PART * out_features + out
-    y = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        line = split * rows + tl.program_id(0)
-        y += tl.load(partial_ptr + line.to(tl.int64) * width + column, mask=live, other=0.0)
-    if SCALED:
-        y *= tl.load(scales_ptr + column, mask=live, other=0.0).to(tl.float32)
-    if BIASED:
-        y += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
-    return y
