@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_core.config import EngineConfig, SamplingConfig
+from trtllm_core.config.quant_mode import QuantMode, quant_mode
 from trtllm_core.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
@@ -143,9 +144,9 @@ class EngineProperties:
     rnn_hidden_size = 0
 
     @property
-    def quant_mode(self) -> int:
-        """0: weights are not quantised."""
-        return 0
+    def quant_mode(self) -> QuantMode:
+        """What is quantised; 0: nothing is."""
+        return quant_mode(self.config)
 
     def check_prompt(
         self, prompt: Sequence[int], sampling: SamplingConfig, name: str, virtual: VirtualTokens | None = None

@@ -15,6 +15,7 @@ from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.backends.torch.quantized import PiecewiseProduct, RoundedProduct
 from trtllm_core.checkpoint import open_checkpoint
 from trtllm_core.config import BuildConfig, QuantizationConfig, QuantizedLayer, SamplingConfig
+from trtllm_core.config.quant_mode import QuantMode, quant_mode
 from trtllm_core.engine.build import build_engine, plan_engine
 from trtllm_core.engine.load import load_directory
 from trtllm_core.engine.shards import check_weight_map, rank_weights
@@ -63,7 +64,9 @@ def test_a_gguf_keeps_its_values(quantised_gguf: Path, tmp_path: Path, plugins: 
     plain, kept = dense(tmp_path / "plain", plugins), dense(tmp_path / "kept", plugins)
     assert plain.keys() == kept.keys()
     assert all(torch.equal(plain[name], kept[name]) for name in plain)
-    results = [tokens(ModelRunner.from_dir(tmp_path / name, plugins=plugins)) for name in ("plain", "kept")]
+    runners = [ModelRunner.from_dir(tmp_path / name, plugins=plugins) for name in ("plain", "kept")]
+    assert [runner.quant_mode.has_any_quant() for runner in runners] == [False, True]
+    results = [tokens(runner) for runner in runners]
     assert results[0] == results[1]
     twin = ModelRunner.from_dir(tmp_path / "kept", plugins=plugins, native=False)
     assert tokens(twin) == results[0]
@@ -108,6 +111,23 @@ def test_ranks_share_the_codes(quantised_gguf: Path, plugins: Plugins, weights: 
                 assert torch.equal(found, wanted), name
             else:
                 assert (found - wanted).abs().max() < 0.25 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({}, QuantMode(0)),
+        ({"quantization": "int4"}, QuantMode.INT4_WEIGHTS | QuantMode.INT8_WEIGHTS | QuantMode.PER_GROUP),
+        ({"quantization": {"weights": "int8", "group_size": 0}}, QuantMode.INT8_WEIGHTS | QuantMode.PER_CHANNEL),
+        ({"quantization": "fp8", "kv_dtype": "int8"}, QuantMode.FP8_QDQ | QuantMode.INT8_KV_CACHE),
+        ({"kv_dtype": "fp8"}, QuantMode.FP8_KV_CACHE),
+    ],
+)
+def test_the_classic_flags(checkpoint: Path, plugins: Plugins, fields: dict[str, Any], mode: QuantMode) -> None:
+    config, _, _ = plan_engine(open_checkpoint(checkpoint), limits(**fields), plugins)
+    assert quant_mode(config) == mode
+    assert mode.has_any_quant() == ("quantization" in fields)
+    assert mode.has_kv_cache_quant() == ("kv_dtype" in fields)
 
 
 def test_what_codes_cannot_follow(quantised_gguf: Path, plugins: Plugins) -> None:
