@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_core.checkpoint.fingerprint import fingerprint
+from trtllm_core.cli.options import BuildOptions
 
 LIMITS = ("--max-seq-len", "64", "--tokens-per-block", "16")
 
@@ -69,6 +70,13 @@ def test_options_of_a_backend(cli: Callable, tiny_checkpoint: Path, tmp_path: Pa
     assert said in cli("build", tiny_checkpoint, "-o", tmp_path / "f", "--option", "fast", status=2).stderr
     wrong = cli("build", tiny_checkpoint, "-o", tmp_path / "f", "--option", "attention=mask", status=2)
     assert "the torch backend has no build option 'attention'" in wrong.stderr
+
+
+def test_which_module_builds_it(cli: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = BuildOptions(backend="tensorrt", backend_module="tensorrt_rtx", option=["attention=mask"])
+    assert options.config().options == {"module": "tensorrt_rtx", "attention": "mask"}
+    wrong = cli("build", tiny_checkpoint, "-o", tmp_path / "e", "--backend-module", "tensorrt", status=2)
+    assert "the torch backend has no build option 'module'" in wrong.stderr
 
 
 def test_a_default_prompt_length_makes_room_for_a_short_sequence(engine: Path) -> None:

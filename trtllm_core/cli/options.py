@@ -94,6 +94,9 @@ class BuildOptions:
         bool | None, _option("int4 with or without zero points.", "Build", "--quant-symmetric/--quant-zero-points")
     ] = None
     quant_head: Annotated[int | None, _build("Bits of the head: 4, 8 (default), or 16 for the dtype.")] = None
+    backend_module: Annotated[
+        str | None, _build("Of backend tensorrt: tensorrt or tensorrt_rtx (default: what is installed).")
+    ] = None
     verify: Annotated[bool, _build("Hold an exported graph against the torch backend.")] = False
     option: Annotated[list[str] | None, _build("An option of the backend. May be repeated.", metavar="NAME=VALUE")] = (
         None
@@ -112,7 +115,9 @@ class BuildOptions:
             symmetric=values.pop("quant_symmetric"),
             head_bits=values.pop("quant_head"),
         )
-        backend = {"verify": True} if values.pop("verify") else {}
+        backend: dict[str, Any] = {"verify": True} if values.pop("verify") else {}
+        if (module := values.pop("backend_module")) is not None:
+            backend["module"] = module
         backend |= dict(map(parse_option, values.pop("option") or ()))
         values["options"] = backend or None
         return {name: value for name, value in values.items() if value is not None and value != []}
