@@ -79,6 +79,11 @@ def _print_cost(text: str, config: EngineConfig, family: ModelFamily, source: Ch
     cost = quantization_cost(config, family, source, Tokenizer.from_dir(output).encode(text))
     rounded = cost.rounded_perplexity
     more = "" if rounded is None else f"; perplexity {rounded:.3f} with activations in fp8 too"
+    if cost.int8_error is not None:
+        more += (
+            f"; perplexity {cost.int8_perplexity:.3f} with activations in int8 too, as this CPU decodes few rows: "
+            f"that alone moves logits by {cost.int8_error:.3f}"
+        )
     typer.echo(
         f"quantised weights, over {cost.tokens} tokens of the text: perplexity {cost.perplexity:.3f} "
         f"({cost.plain_perplexity:.3f} without), logits off by {cost.error:.3f} (they spread by {cost.spread:.3f})"

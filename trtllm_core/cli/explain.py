@@ -71,16 +71,22 @@ def engine_facts(config: EngineConfig, plugins: Plugins, kv_policy: str | None) 
         f"{build.max_num_tokens} tokens a step",
         "ranks": build.tp_size,
         "kv_policy": f"{policy.name} ({policy.source}), blocks of {block} tokens",
-    } | _on_cuda(config)
+    } | _on_machines(config)
 
 
-def _on_cuda(config: EngineConfig) -> dict[str, str]:
-    """How the torch backend decodes on a GPU."""
+def _on_machines(config: EngineConfig) -> dict[str, str]:
+    """How the torch backend decodes on a GPU, and on a CPU."""
     if config.backend.name != "torch":
         return {}
+    facts = {"on_cuda": "decode steps are captured graphs, but those with adapters, prompt tables, drafts or a window"}
     if config.build.tp_size > 1:
-        return {"on_cuda": "decode steps run without captured graphs: the engine has several ranks"}
-    return {"on_cuda": "decode steps are captured graphs, but those with adapters, prompt tables, drafts or a window"}
+        facts["on_cuda"] = "decode steps run without captured graphs: the engine has several ranks"
+    if config.quantization is not None and config.quantization.weights != "fp8":
+        facts["on_cpu"] = (
+            "up to 8 rows meet weights with activations rounded to int8, where the CPU multiplies bytes; "
+            "not with int8_activations=False, or batch_invariant"
+        )
+    return facts
 
 
 def plan_record(plan: Plan, request: SamplingConfig) -> dict[str, Any]:

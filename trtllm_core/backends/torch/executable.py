@@ -16,6 +16,7 @@ from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, host, is_all
 from trtllm_core.backends.torch.cpu.attention import DecodeAttention
 from trtllm_core.backends.torch.cpu.kernels import Kernels
+from trtllm_core.backends.torch.cpu.layers import weight_bytes
 from trtllm_core.backends.torch.cpu.steps import StepPrograms
 from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.invariant import InvariantContext
@@ -150,6 +151,11 @@ class TorchExecutable(Executable):
             self._graphs = StepPrograms(self.module, self._pool, self._native)
         return self._pool.bytes
 
+    @property
+    def kv_plan(self) -> KVPlan | None:
+        """Of the KV cache that there is."""
+        return None if self._pool is None else self._pool.plan
+
     def _can_record(self, pool: KVPool) -> bool:
         """Whether nothing happens in a CPU's decode step beside what its operations do."""
         return pool.plan.window is None and self._lora is None and self._parallel.size == 1
@@ -231,7 +237,7 @@ class TorchExecutable(Executable):
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""
-        return sum(parameter.nbytes for parameter in self.module.parameters())
+        return weight_bytes(self.module)
 
     def broadcast(self, value: T) -> T:
         """See ``Executable``."""

@@ -34,6 +34,8 @@ from trtllm_core.version import __version__
 if TYPE_CHECKING:
     from trtllm_core.runner import ModelRunner
 
+ROUNDING_TOKENS = 64
+"""Of a prompt, whose logits tell what rounded activations cost."""
 BUSY = 0.5
 """Of our threads: as much work of others spoils a measurement. Threads that wait for each other suffer most."""
 
@@ -149,6 +151,7 @@ def _latency(
         memory = _memory(subject, works, run, source) if aside else {}
         bar.update(task, description="loading")
         runner = subject.load(run.device)
+        rounding = _rounding(runner, works[0])
         other = None if source is None else load_peer(source, run.device)
         bandwidth = read_bandwidth(runner.device)
         prompts = any(work.is_prefill for work in works)
@@ -163,12 +166,32 @@ def _latency(
     return {
         **run.about(subject, runner),
         "peer": None if other is None else other.name,
+        "int8_activations": rounding,
         "read_bandwidth": bandwidth,
         "matrix_rate": operations or None,
         "batch_speedup": batch_speedup(rows),
         "rows": [row.record() for row in rows],
         "memory": {name: asdict(found) for name, found in memory.items()},
     }
+
+
+def _rounding(runner: ModelRunner, work: Workload) -> dict[str, Any] | None:
+    """What activations that are rounded do to the logits of a prompt; None where none are. Before anything runs."""
+    from trtllm_core.backends.torch.executable import TorchExecutable
+
+    if not isinstance(runner.session.engine, TorchExecutable):
+        return None
+    import torch
+
+    from trtllm_core.backends.torch.cpu.rounding import measure_rounding
+
+    prompt = torch.tensor(work.prompts(runner.config.model.vocab_size)[0][:ROUNDING_TOKENS])
+    if len(prompt) < 2:
+        return None
+    found = measure_rounding(runner.session.engine, prompt)
+    if found is None:
+        return None
+    return {"tokens": len(prompt), "logits_error": found.error, "logits_spread": found.spread}
 
 
 def _throughput(run: _Run, subject: Subject, trace: Trace, peer: str | None, checkpoint: Path | None) -> dict[str, Any]:

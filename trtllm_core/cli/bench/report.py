@@ -29,6 +29,12 @@ def print_latency(found: dict[str, Any]) -> None:
         lines.append(("limit, prompts", f"their products at {found['matrix_rate'] / 1e12:.2f} TFLOP/s, as measured"))
     if any(row["new_tokens"] > 1 for row in found["rows"]):
         lines.append(("limit, decode", f"weights and KV read once a step at {found['read_bandwidth'] / 1e9:.1f} GB/s"))
+    if found["int8_activations"]:
+        one = found["int8_activations"]
+        error, spread = one["logits_error"], one["logits_spread"]
+        lines.append(
+            ("activations", f"int8 for few rows: logits off by {error:.3f}, which spread by {spread:.3f}, in a prompt")
+        )
     for name, one in found["memory"].items():
         lines += _memory(name, one, found["device"])
     print_facts(lines)

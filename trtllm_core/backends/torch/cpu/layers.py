@@ -47,6 +47,15 @@ def packed_products(module: nn.Module) -> list[PackedProduct]:
     return [one for one in found if isinstance(one, PackedProduct)]
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the module's weights: of packed ones, as they are read."""
+    total = sum(parameter.nbytes for parameter in module.parameters())
+    for layer in module.modules():
+        if isinstance(layer, Linear) and isinstance(layer.matmul, PackedProduct):
+            total += layer.matmul.weight.tiles.nbytes - sum(part.nbytes for part in weight_of(layer).parts().values())
+    return total
+
+
 def _pack(layer: Linear, product: PackedProduct) -> None:
     layer.matmul = product
     if isinstance(layer, VocabParallelEmbedding):
