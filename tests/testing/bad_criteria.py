@@ -10,8 +10,6 @@ from trtllm_core.plugin import (
     HostStoppingCriterion,
     Stop,
     StoppingCapabilities,
-    StoppingCriterionRegistrar,
-    hookimpl,
 )
 
 
@@ -90,22 +88,6 @@ class CommitsOthers(Quota):
         self.seen += 1
 
 
-class Leftovers(Quota):
-    def begin(self, slot, view):
-        self.most[slot] = view.params.most
-
-
-class ForksOneByOne(Quota):
-    def fork(self, src, dst):
-        for i in range(len(src)):
-            super().fork(src[i : i + 1], dst[i : i + 1])
-
-
-class NoRewind(Quota):
-    def rewind(self, slot, n):
-        pass
-
-
 class FirstTokenOnly(Quota):
     """It looks at the first of several new tokens."""
 
@@ -136,49 +118,9 @@ class Waits(Quota):
         return super().check(batch)
 
 
-class Branches(Quota):
-    steps = 0
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-        if self.steps % 2:
-            self.most.mul_(1)
-
-
-class NewKey(Quota):
-    steps = 0
-
-    @property
-    def graph_key(self):
-        return self.steps
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-
-
-class TakesAnything(Quota):
-    class Params(BaseModel, extra="forbid"):
-        most: int = 3
-
-
-class NeedsParams(Quota):
-    class Params(BaseModel, extra="forbid"):
-        most: int
-
-
 class Never(Quota):
     def check(self, batch):
         return torch.full_like(batch.slot, -1)
-
-
-class Joins:
-    hook_api = "stopping_criterion>=1.0,<2"
-
-    @hookimpl
-    def trtllm_register_stopping_criteria(self, registrar: StoppingCriterionRegistrar) -> None:
-        registrar.add("joins", Quota, consumes={"max_new_tokens": None})
 
 
 class Confident(DeviceStoppingCriterion):

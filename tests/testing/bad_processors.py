@@ -1,20 +1,18 @@
-"""A sound device processor and a sound host one, and copies of them that each break one promise."""
+"""A sound device processor, and copies of it that each break one promise of processors; see ``breaks`` for others."""
 
 from __future__ import annotations
 
 import math
 
+import breaks
 import torch
 from pydantic import BaseModel, Field
 
 from trtllm_core.errors import ConfigError
 from trtllm_core.plugin import (
     DeviceLogitsProcessor,
-    HostLogitsProcessor,
     LogitsCapabilities,
-    LogitsProcessorRegistrar,
     Phase,
-    hookimpl,
 )
 
 
@@ -121,40 +119,9 @@ class CommitsOthers(Counting):
         self.counts[0] += 0.1 * len(batch.slot)
 
 
-class Leftovers(Counting):
-    def begin(self, slot, view):
-        self.weights[slot] = view.params.weight
-
-
 class NoFork(Counting):
     def fork(self, src, dst):
         pass
-
-
-class ForksOneByOne(Counting):
-    def fork(self, src, dst):
-        for i in range(len(src)):
-            super().fork(src[i : i + 1], dst[i : i + 1])
-
-
-class SharesForks(HostLogitsProcessor):
-    """Its copies are the same list."""
-
-    phase = Phase.PENALTY
-
-    def start(self, view):
-        return []
-
-    def process(self, state, tokens, logits):
-        for token in state:
-            logits[token] -= 0.5
-
-    def accept(self, state, tokens):
-        state += tokens
-        return state
-
-    def copy(self, state):
-        return state
 
 
 class OneTokenACommit(Counting):
@@ -162,11 +129,6 @@ class OneTokenACommit(Counting):
         self.counts.view(-1).scatter_add_(
             0, batch.slot * self.vocab + batch.tokens[:, 0], (batch.active & (batch.counts > 0)).float()
         )
-
-
-class NoRewind(Counting):
-    def rewind(self, slot, n):
-        pass
 
 
 class BlindToDrafts(Counting):
@@ -206,30 +168,6 @@ class MaskAsIndex(Counting):
         logits[batch.active] -= (self.counts[batch.slot] * self.weights[batch.slot, None])[batch.active]
 
 
-class Branches(Counting):
-    """It does without work in every second step, which a captured graph would not."""
-
-    steps = 0
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-        if self.steps % 2:
-            self.counts.mul_(1.0)
-
-
-class NewKey(Counting):
-    steps = 0
-
-    @property
-    def graph_key(self):
-        return self.steps
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-
-
 class KeyIsAList(Counting):
     graph_key = [1]  # noqa: RUF012 (that is what is wrong with it)
 
@@ -255,17 +193,7 @@ class FrozenInAGraph(Counting):
         self.steps += 1
 
 
-class TakesAnything(Counting):
-    class Params(BaseModel, extra="forbid"):
-        weight: float = 0.5
-
-
-class NeedsParams(Counting):
-    class Params(BaseModel, extra="forbid"):
-        weight: float
-
-
-class RaisesItsOwn(TakesAnything):
+class RaisesItsOwn(breaks.loose(Counting)):
     """It refuses, but not by an error that is told as the user's."""
 
     def begin(self, slot, view):
@@ -274,7 +202,7 @@ class RaisesItsOwn(TakesAnything):
         super().begin(slot, view)
 
 
-class Refuses(TakesAnything):
+class Refuses(breaks.loose(Counting)):
     """Sound: a ``ConfigError`` from ``begin`` is the user's mistake."""
 
     def begin(self, slot, view):
@@ -296,46 +224,6 @@ class Idle(Counting):
         pass
 
 
-class Alternating(HostLogitsProcessor):
-    """A sound host processor with a mask: forbids the last token that was generated, and its neighbour."""
-
-    phase = Phase.CONSTRAINT
-    capabilities = LogitsCapabilities(speculation="rewind")
-
-    def start(self, view):
-        return ()
-
-    def mask(self, state, tokens, words):
-        bits = words.view("uint32")
-        for token in state[-1:]:
-            for each in (token, token ^ 1):
-                bits[each // 32] &= ~(1 << each % 32) & 0xFFFFFFFF
-        return bool(state)
-
-    def accept(self, state, tokens):
-        return (*state, *tokens)
-
-    def take_back(self, state, n):
-        return state[: len(state) - n]
-
-
-class HostMovesInMask(Alternating):
-    calls = 0
-
-    def mask(self, state, tokens, words):
-        self.calls += 1
-        return super().mask((*state, self.calls % 7), tokens, words)
-
-
-class HostTakesNothingBack(Alternating):
-    take_back = HostLogitsProcessor.take_back
-
-
-class HostTakesTooMuchBack(Alternating):
-    def take_back(self, state, n):
-        return state[: max(0, len(state) - n - 1)]
-
-
 class EmptyCompanion(Counting):
     def companions(self, view):
         return [view.prompt[1:]]
@@ -349,31 +237,6 @@ class OtherCompanions(Counting):
     def companions(self, view):
         OtherCompanions.asked += 1
         return [[self.asked % 5]]
-
-
-class BlindToCompanions(Alternating):
-    def companions(self, view):
-        return [[1]]
-
-
-class MaskOfTheStepBefore(Alternating):
-    """What it says when its mask is prepared depends on who asks."""
-
-    asked = 0
-
-    def mask(self, state, tokens, words):
-        self.asked += 1
-        return super().mask(state, tokens, words) if self.asked <= 6 else False
-
-
-class Joins:
-    """Registers the processor so that it is in every plan."""
-
-    hook_api = "logits_processor>=1.0,<2"
-
-    @hookimpl
-    def trtllm_register_logits_processors(self, registrar: LogitsProcessorRegistrar) -> None:
-        registrar.add("joins", Counting, consumes={"temperature": 0.5})
 
 
 class ForgetsTheEnd(Counting):

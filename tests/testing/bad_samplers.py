@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from trtllm_core.decoding.random import batch_uniform, draw_salt
-from trtllm_core.plugin import DecoderCapabilities, DecoderRegistrar, Sampler, hookimpl
+from trtllm_core.plugin import DecoderCapabilities, Sampler
 
 _SALT = draw_salt("cooling")
 
@@ -130,17 +130,6 @@ class CommitsOthers(Cooling):
         self.seen += 1
 
 
-class Leftovers(Cooling):
-    def begin(self, slot, view):
-        self.rates[slot] = view.params.rate
-
-
-class ForksOneByOne(Cooling):
-    def fork(self, src, dst):
-        for i in range(len(src)):
-            super().fork(src[i : i + 1], dst[i : i + 1])
-
-
 class SharedState(Cooling):
     """A branch's copies count for it too."""
 
@@ -154,48 +143,11 @@ class FirstTokenOnly(Cooling):
         self.seen.index_add_(0, batch.slot, self.evens(batch)[:, 0].float())
 
 
-class NoRewind(Cooling):
-    def rewind(self, slot, n):
-        pass
-
-
 class Waits(Cooling):
     capabilities = DecoderCapabilities()
 
     def sample(self, logits, batch):
         return torch.tensor([int(token) for token in super().sample(logits, batch)])
-
-
-class Branches(Cooling):
-    steps = 0
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-        if self.steps % 2:
-            self.rates.mul_(1)
-
-
-class NewKey(Cooling):
-    steps = 0
-
-    @property
-    def graph_key(self):
-        return self.steps
-
-    def commit(self, batch):
-        super().commit(batch)
-        self.steps += 1
-
-
-class TakesAnything(Cooling):
-    class Params(BaseModel, extra="forbid"):
-        rate: float = 0.3
-
-
-class NeedsParams(Cooling):
-    class Params(BaseModel, extra="forbid"):
-        rate: float
 
 
 class ForgetsTheEnd(Cooling):
@@ -206,11 +158,3 @@ class ForgetsTheEnd(Cooling):
         if getattr(self, "over", False):
             raise RuntimeError("it was over")
         return super().sample(logits, batch)
-
-
-class Joins:
-    hook_api = "decoder>=1.0,<2"
-
-    @hookimpl
-    def trtllm_register_decoders(self, registrar: DecoderRegistrar) -> None:
-        registrar.add("top_k_top_p", Cooling, consumes=("top_k", "top_p", "random_seed"), replace="top_k_top_p")

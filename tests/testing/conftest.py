@@ -19,6 +19,18 @@ def examine(kit: type[Any], plugin: Any, check: str | None = None, **attributes:
     return {result.check: result for result in run_kit(made, None if check is None else [check])}
 
 
+@pytest.fixture(scope="session")
+def assert_found() -> Any:
+    """``check(kit, plugin, check, why)``: that check of the kit fails for the plugin, and says ``why``."""
+
+    def assert_found(kit: type[Any], plugin: Any, check: str, why: str, **attributes: Any) -> None:
+        result = examine(kit, plugin, check, **attributes)[check]
+        assert result.status == "failed", result.why
+        assert why in result.why
+
+    return assert_found
+
+
 @pytest.fixture(scope="session", name="examine")
 def _examine() -> Any:
     return examine

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import bad_host_processors as bad_host
 import bad_processors as bad
+import breaks
 import pytest
 
 from trtllm_core.testing import LogitsProcessorConformance
@@ -20,45 +22,41 @@ EACH = [
     (bad.ByRow, "test_rows_are_independent", "in another order of rows"),
     (bad.Neighbours, "test_rows_are_independent", "in a smaller batch"),
     (bad.CommitsOthers, "test_commits_of_part_of_the_batch", "after commits of some slots at a time"),
-    (bad.Leftovers, "test_slots_are_used_again", "in a slot that was used before"),
     (bad.NoFork, "test_forks_are_simultaneous", "after a fork"),
-    (bad.ForksOneByOne, "test_forks_are_simultaneous", "after a fork"),
-    (bad.SharesForks, "test_forks_are_independent", "after a copy went its own way"),
+    (bad_host.SharesForks, "test_forks_are_independent", "after a copy went its own way"),
     (bad.OneTokenACommit, "test_several_tokens_at_once", "after commits of several tokens"),
-    (bad.NoRewind, "test_rewinds", "after a rewind"),
-    (bad.NoRewind, "test_everything_together", "after commits, forks, rewinds and restarts"),
     (bad.BlindToDrafts, "test_drafts_are_seen", "behind 1 drafts"),
     (bad.NotInvariant, "test_argmax_is_invariant", "changes which token is the likeliest"),
     (bad.NotInvariant, "test_greedy_requests_without_it", "a greedy request gets other tokens without it"),
     (bad.Waits, "test_the_host_never_waits", "waits for the device"),
     (bad.WaitsForAList, "test_the_host_never_waits", "Tensor.tolist waits for the device"),
     (bad.MaskAsIndex, "test_the_host_never_waits", "a mask as an index"),
-    (bad.Branches, "test_shapes_are_fixed", "two steps ran different operations"),
-    (bad.NewKey, "test_graph_key", "its graph_key changed"),
     (bad.KeyIsAList, "test_graph_key", "not hashable"),
-    (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'weight': -1.0}"),
     (bad.RaisesItsOwn, "test_wrong_parameters_are_refused", "RuntimeError: weight"),
-    (bad.NeedsParams, "test_it_can_be_asked_for", "give other `params` or `sampling`"),
     (bad.NoPhase, "test_declarations", "its phase is 'penalty!'"),
     (bad.OrderIsText, "test_declarations", "its after is 'penalties'"),
     (bad.EmptyCompanion, "test_companions", "it asks for the companion ()"),
     (bad.OtherCompanions, "test_companions", "asked again, it wants other companions"),
-    (bad.BlindToCompanions, "test_companions", "write process_beside"),
-    (bad.HostTakesNothingBack, "test_declarations", "write take_back"),
-    (bad.HostTakesTooMuchBack, "test_rewinds", "after a rewind"),
-    (bad.HostMovesInMask, "test_asking_moves_no_state", "asked a second time"),
-    (bad.MaskOfTheStepBefore, "test_masks_prepared_beside_the_forward_pass", "with masks prepared before"),
-    (bad.Joins(), "test_who_does_not_ask_pays_nothing", "it joins requests that did not ask for it"),
+    (bad_host.BlindToCompanions, "test_companions", "write process_beside"),
+    (bad_host.HostTakesNothingBack, "test_declarations", "write take_back"),
+    (bad_host.HostTakesTooMuchBack, "test_rewinds", "after a rewind"),
+    (bad_host.HostMovesInMask, "test_asking_moves_no_state", "asked a second time"),
+    (bad_host.MaskOfTheStepBefore, "test_masks_prepared_beside_the_forward_pass", "with masks prepared before"),
     (bad.ForgetsTheEnd, "test_generation", "a slot that is not mine"),
+    *breaks.shared(bad.Counting, WRONG[0]),
+    (
+        breaks.broken(breaks.NoRewind, bad.Counting),
+        "test_everything_together",
+        "after commits, forks, rewinds and restarts",
+    ),
+    breaks.joins("logits_processors", bad.Counting, consumes={"temperature": 0.5}),
 ]
 
 
 @pytest.mark.parametrize(("plugin", "check", "why"), EACH, ids=lambda value: getattr(value, "__name__", None))
-def test_each_check_can_fail(plugin: Any, check: str, why: str, examine: Any) -> None:
+def test_each_check_can_fail(plugin: Any, check: str, why: str, assert_found: Any) -> None:
     params = {"wrong_params": WRONG} if "parameters" in check else {}
-    result = examine(LogitsProcessorConformance, plugin, check, **params)[check]
-    assert result.status == "failed"
-    assert why in result.why
+    assert_found(LogitsProcessorConformance, plugin, check, why, **params)
 
 
 ON_A_GPU = [
@@ -71,10 +69,8 @@ ON_A_GPU = [
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("plugin", "check", "why"), ON_A_GPU, ids=lambda value: getattr(value, "__name__", None))
-def test_each_check_on_a_gpu_can_fail(plugin: Any, check: str, why: str, examine: Any) -> None:
-    result = examine(LogitsProcessorConformance, plugin, check)[check]
-    assert result.status == "failed", result.why
-    assert why in result.why
+def test_each_check_on_a_gpu_can_fail(plugin: Any, check: str, why: str, assert_found: Any) -> None:
+    assert_found(LogitsProcessorConformance, plugin, check, why)
 
 
 @pytest.mark.cuda
@@ -88,16 +84,18 @@ def test_every_check_has_a_plugin_that_fails_it() -> None:
     assert every == {check for _, check, _ in [*EACH, *ON_A_GPU]}
 
 
-@pytest.mark.parametrize("plugin", [bad.Counting, bad.Refuses, bad.Alternating], ids=lambda plugin: plugin.__name__)
+@pytest.mark.parametrize(
+    "plugin", [bad.Counting, bad.Refuses, bad_host.Alternating], ids=lambda plugin: plugin.__name__
+)
 def test_what_is_sound_passes(plugin: Any, examine: Any) -> None:
-    attributes = {"params": ({}, {"weight": 2.0}), "wrong_params": WRONG} if plugin is not bad.Alternating else {}
+    attributes = {"params": ({}, {"weight": 2.0}), "wrong_params": WRONG} if plugin is not bad_host.Alternating else {}
     results = examine(LogitsProcessorConformance, plugin, **attributes)
     assert [result for result in results.values() if result.status == "failed"] == []
     assert results["test_it_does_something"].status == "passed"
 
 
 def test_what_cannot_be_asked_for_is_not_examined(examine: Any) -> None:
-    results = examine(LogitsProcessorConformance, bad.NeedsParams)
+    results = examine(LogitsProcessorConformance, breaks.needy(bad.Counting))
     assert [name for name, result in results.items() if result.status == "failed"] == ["test_it_can_be_asked_for"]
     assert "weight" in results["test_rewinds"].why
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import bad_samplers as bad
+import breaks
 import pytest
 
 from trtllm_core.testing import DecoderConformance
@@ -16,18 +17,9 @@ EACH = [
     (bad.TorchRandom, "test_asking_moves_no_state", "asked a second time, it answers differently"),
     (bad.ByRow, "test_rows_are_independent", "in another order of rows"),
     (bad.CommitsOthers, "test_commits_of_part_of_the_batch", "after commits of some slots at a time"),
-    (bad.Leftovers, "test_slots_are_used_again", "in a slot that was used before"),
-    (bad.ForksOneByOne, "test_forks_are_simultaneous", "after a fork"),
     (bad.SharedState, "test_forks_are_independent", "after a copy went its own way"),
     (bad.FirstTokenOnly, "test_several_tokens_at_once", "after commits of several tokens"),
-    (bad.NoRewind, "test_rewinds", "after a rewind"),
-    (bad.NoRewind, "test_everything_together", "after commits, forks, rewinds and restarts"),
     (bad.Waits, "test_the_host_never_waits", "waits for the device"),
-    (bad.Branches, "test_shapes_are_fixed", "two steps ran different operations"),
-    (bad.NewKey, "test_graph_key", "its graph_key changed"),
-    (bad.TakesAnything, "test_wrong_parameters_are_refused", "it takes the parameters {'rate': -1.0}"),
-    (bad.Joins(), "test_who_does_not_ask_pays_nothing", "it joins requests that did not ask for it"),
-    (bad.NeedsParams, "test_it_can_be_asked_for", "give other `params` or `sampling`"),
     (bad.ForgetsTheEnd, "test_generation", "it was over"),
     (bad.NoCapabilities, "test_declarations", "no DecoderCapabilities"),
     (bad.Everything, "test_tokens_can_be_chosen", "which is forbidden"),
@@ -35,16 +27,21 @@ EACH = [
     (bad.NotGreedy, "test_greedy_takes_the_largest", "it declares greedy"),
     (bad.OthersShift, "test_beside_rows_of_other_decoders", "beside rows of other decoders"),
     (bad.BlindToOffsets, "test_draws_belong_to_positions", "behind 1 drafts it takes the tokens"),
+    *breaks.shared(bad.Cooling, WRONG[0]),
+    (
+        breaks.broken(breaks.NoRewind, bad.Cooling),
+        "test_everything_together",
+        "after commits, forks, rewinds and restarts",
+    ),
+    breaks.joins("decoders", bad.Cooling, consumes=("top_k", "top_p", "random_seed"), replace="top_k_top_p"),
     (bad.BySlot, "test_draws_belong_to_requests", "in other slots, the same branches get the tokens"),
 ]
 
 
 @pytest.mark.parametrize(("plugin", "check", "why"), EACH, ids=lambda value: getattr(value, "__name__", None))
-def test_each_check_can_fail(plugin: Any, check: str, why: str, examine: Any) -> None:
+def test_each_check_can_fail(plugin: Any, check: str, why: str, assert_found: Any) -> None:
     params = {"wrong_params": WRONG} if "parameters" in check else {}
-    result = examine(DecoderConformance, plugin, check, **params)[check]
-    assert result.status == "failed"
-    assert why in result.why
+    assert_found(DecoderConformance, plugin, check, why, **params)
 
 
 def test_every_check_has_a_sampler_that_fails_it() -> None:
