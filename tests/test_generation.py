@@ -323,3 +323,9 @@ def test_requests_with_the_same_wishes_are_planned_once(plugins):
     penalised = planner.plan(other, beside=plan.processors)
     assert planner.plan(wish, beside=penalised.processors) is not plan, "it must be put in order with theirs"
     assert planner.plan(wish, criteria=[NeverStops()]) is not plan
+    first = planner.plan(wish.replace(max_new_tokens=7, random_seed=3))
+    longer = planner.plan(wish.replace(max_new_tokens=9, random_seed=4))
+    assert longer.processors is first.processors, "lengths and seeds make no difference"
+    assert (first.asked["max_new_tokens"], longer.asked["max_new_tokens"], longer.asked["random_seed"]) == (7, 9, 4)
+    assert planner.plan(wish.replace(max_new_tokens=9)).asked.keys() == {"top_k", "top_p", "max_new_tokens"}
+    assert planner.plan(wish.replace(max_new_tokens=9, top_p=0.8)).asked["top_p"] == 0.8

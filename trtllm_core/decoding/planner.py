@@ -13,6 +13,7 @@ from trtllm_core.decoding.idle import asks_greedy, idle_of
 from trtllm_core.decoding.making import check_kind, made, parameters
 from trtllm_core.decoding.order import PRESETS, ordered
 from trtllm_core.decoding.plan import Plan, PlanItem
+from trtllm_core.decoding.planned import LastPlan
 from trtllm_core.errors import ConfigError, listing
 from trtllm_core.plugin import (
     Decoder,
@@ -88,12 +89,12 @@ class Planner:
     """The engine's limits; None: not known."""
     _objects: dict[tuple[str, str], SlotPlugin] = field(default_factory=dict)
     _rewindable: int | None = None
-    _last: tuple[SamplingConfig, Plan] | None = None
-    """The last plan that any request with these wishes has, whatever its prompt: many come with the same object."""
+    _last: LastPlan = field(default_factory=LastPlan)
 
     def follow(self, rewindable: int | None) -> None:
         """The cache is one that can take back so many tokens; None: all. None can leave an attention window's ring."""
-        self._rewindable, self._last = rewindable, None
+        self._rewindable = rewindable
+        self._last.forget()
         self.offers = self.offers - {"kv_rewind"} if rewindable == 0 else self.offers | {"kv_rewind"}
 
     def plan(
@@ -117,13 +118,12 @@ class Planner:
             CapacityError: more branches than the engine was built for.
             PluginError: a plugin that is not there or cannot be made, or that declares what its kind cannot do.
         """
-        if self._last is not None and self._last[0] is sampling and not (processors or criteria):
-            plan = self._last[1]
-            if {item.key for item in beside} <= {item.key for item in plan.processors}:
-                return plan
+        last = None if processors or criteria else self._last.of(sampling)
+        if last is not None and {item.key for item in beside} <= {item.key for item in last.processors}:
+            return last
         plan = self._plan(sampling, processors, criteria, beside, prompt)
         if isinstance(plan.decoder.plugin, Sampler) and not (processors or criteria or plan.companions):
-            self._last = sampling, plan
+            self._last.keep(sampling, plan)
         return plan
 
     def _plan(
