@@ -4,6 +4,7 @@ For each batch: tokens a second of ``ModelRunner.generate`` (greedy) while all o
 and the time of the engine's part of a step alone (inputs, forward pass, logits), with the bytes that it must read.
 Random weights. ``--eager``: without graphs and kernels of our own. ``--quant``: fp8, int8 or int4, ``int4:128`` for
 groups of 128 without zero points. ``--sampled``: every row with a temperature, top-p and a repetition penalty.
+``--plugins``: five more, which all read the logits and keep a count.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -18,10 +20,27 @@ from trtllm_core import BuildConfig, ModelRunner, SamplingConfig
 from trtllm_core.backends.torch.executable import TorchExecutable
 from trtllm_core.cli.bench.random_engine import random_runner
 from trtllm_core.config import QuantizationConfig
+from trtllm_core.plugin import CommitBatch, DecodingContext, DeviceLogitsProcessor, LogitsBatch, LogitsCapabilities
 
 LONGEST, REPEATS, STEPS = 512, 3, 30
 GREEDY = SamplingConfig(end_id=())
 SAMPLED = GREEDY.replace(temperature=0.8, top_k=0, top_p=0.9, repetition_penalty=1.2, random_seed=1)
+
+
+class Counts(DeviceLogitsProcessor):
+    """Reads all logits and keeps a count: the least that a plugin with state does."""
+
+    capabilities = LogitsCapabilities(graph_safe=True)
+
+    def setup(self, context: DecodingContext) -> None:
+        self.tokens = torch.zeros(context.slots, dtype=torch.int64, device=context.device)
+        self.largest = torch.zeros(context.slots, device=context.device)
+
+    def apply(self, logits: torch.Tensor, batch: LogitsBatch) -> None:
+        self.largest.index_put_((batch.slot,), logits.amax(-1))
+
+    def commit(self, batch: CommitBatch) -> None:
+        self.tokens.index_add_(0, batch.slot, batch.counts)
 
 
 def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> ModelRunner:
@@ -35,16 +54,17 @@ def load(shape: str, batch: int, graphs: bool, quant: str | None = None) -> Mode
 
 
 def generated(
-    runner: ModelRunner, batch: int, prompt: int, new: int, sampling: SamplingConfig = GREEDY
+    runner: ModelRunner, batch: int, prompt: int, new: int, sampling: SamplingConfig = GREEDY, plugins: int = 0
 ) -> tuple[float, float]:
     """Tokens a second while all of the batch generate, and seconds until a batch's first tokens: medians."""
     random = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, runner.config.model.vocab_size, (batch, prompt), generator=random).tolist()
+    options: dict[str, Any] = {"streaming": True, "logits_processor": [Counts() for _ in range(plugins)] or None}
 
     def run(tokens: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         start, seen, told, since = time.perf_counter(), set[str](), 0, 0.0
-        for delta in runner.generate(prompts, sampling, max_new_tokens=tokens, streaming=True):
+        for delta in runner.generate(prompts, sampling, max_new_tokens=tokens, **options):
             if len(seen) < batch:
                 seen.add(delta.request_id)
                 since = time.perf_counter()
@@ -94,7 +114,8 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, shape, quant or model.dtype)
     for batch in batches:
         prompt, new = (128, 255) if batch == 1 else (256, 64)
-        rate, first = generated(runner, batch, prompt, new, SAMPLED if "--sampled" in sys.argv else GREEDY)
+        sampling, plugins = SAMPLED if "--sampled" in sys.argv else GREEDY, 5 if "--plugins" in sys.argv else 0
+        rate, first = generated(runner, batch, prompt, new, sampling, plugins)
         past = prompt + new // 2
         step = executed(engine, batch, past)
         cache = batch * past * 4 * model.num_kv_heads * model.head_size * model.num_layers
