@@ -141,3 +141,33 @@ def test_observers_learn_what_was_reused(plugins: Plugins) -> None:
     for _ in range(2):
         generate(reusing, [[7] * 30])
     assert watcher.reused == [0, 29]
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_what_the_pool_cannot_keep_the_host_does(kind: str, tmp_path: Path, plugins: Plugins) -> None:
+    """Conversations in turns, together larger than the pool: the same bits, found as if there were room for all."""
+    build_engine(write_llama(tmp_path / "hf"), tmp_path / "e", LIMITS.replace(kv_dtype=kind), plugins=plugins)
+
+    def load(tokens: int, host: int) -> ModelRunner:
+        cache = KVCacheConfig(policy="prefix", max_tokens=tokens, options={"host_tokens": host})
+        return ModelRunner.from_dir(tmp_path / "e", kv_cache=cache, plugins=plugins, batch_invariant=True)
+
+    roomy, tiered, small = load(2048, 0), load(128, 1024), load(128, 0)
+    texts = [[number] * 30 + [7, 8] for number in range(1, 6)]
+    found = {"tiered": 0, "small": 0}
+    for _ in range(2):
+        for number, text in enumerate(texts):
+            (expected,), (ours,), (less,) = (generate(one, [text]) for one in (roomy, tiered, small))
+            assert told([ours]) == told([expected]) == told([less])
+            assert ours.cached_prompt_tokens == expected.cached_prompt_tokens
+            found["tiered"] += ours.cached_prompt_tokens
+            found["small"] += less.cached_prompt_tokens
+            texts[number] = [*text, *expected.tokens]
+    assert found["tiered"] > found["small"]
+    assert tiered.generation.loop.cache.usage().saved > 0
+
+
+def test_an_engine_without_room_on_the_host_says_so(plugins: Plugins) -> None:
+    cache = KVCacheConfig(policy="prefix", options={"host_tokens": 64})
+    with pytest.raises(ConfigError, match="PrefixPolicy needs blocks in the host's memory, which this engine"):
+        ModelRunner.from_engine(MarkovExecutable(), plugins=plugins, kv_cache=cache)

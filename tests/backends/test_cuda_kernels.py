@@ -209,6 +209,8 @@ def test_attention_without_splits(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert splits_for(1, 4, 9000) == 32
     assert splits_for(1, 4, 400) == 8, "none would have anything to do"
     assert splits_for(300, 8, 9000) == 1
+    assert [splits_for(32, 8, longest) for longest in (300, 4096)] == [1, 2]
+    assert splits_for(32, 8, 9000, coded=True) == 1
     monkeypatch.setattr(attention, "PROGRAMS", 1)
     where = torch.device(device)
     out, expected, *_ = attended({"rotary": 32}, where, torch.float32, 16, len(PAST), PAST)

@@ -154,7 +154,7 @@ def test_a_pool_is_as_large_as_its_plan_says(kv: str) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("kv", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 7e-2), (torch.float16, 7e-2)])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_cuda(name: str, dtype: torch.dtype, tolerance: float, mixed: bool, kv: str) -> None:
     device, context = torch.device("cuda"), PagedContext

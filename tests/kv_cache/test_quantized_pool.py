@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from trtllm_core.backends.torch.pool import KVPool
-from trtllm_core.plugin.kv_policy import Edits, KVModel, KVPlan, Placement
+from trtllm_core.plugin.kv_policy import Edits, KVModel
 from trtllm_core.testing import KVPolicyConformance, kv_lives, kv_policy, run_kit
 from trtllm_core.testing.papercache import LAYERS, PaperCache
 
@@ -35,24 +36,19 @@ class CodedCache(PaperCache):
         plan = self.plan
         model = KVModel(LAYERS, HEADS, SIZE, self.kind, 0)
         self.pool = KVPool(
-            KVPlan(plan.num_blocks, plan.tokens_per_block, plan.max_blocks_per_slot, model),
+            replace(plan, model=model),
             torch.float32,
             torch.device("cpu"),
         )
         self.paper = self.cache.copy()
         """What the pool should hold."""
-        self.ran = Edits()
         self.compared = 0
 
-    def _edited(self) -> np.ndarray:
-        self.ran = self._pending
-        return super()._edited()
-
-    def extend(self, *arguments: Any) -> Placement:
+    def _run(self) -> None:
         self._sync()
-        placement = super().extend(*arguments)
-        self._copy(self.ran)
-        return placement
+        self.pool.edit(self._pending)
+        super()._run()
+        self.paper = self.cache.copy()
 
     def _settle(self, written: Any) -> None:
         self._sync()
@@ -60,7 +56,6 @@ class CodedCache(PaperCache):
 
     def _rearrange(self, slot: int, edits: Edits, before: np.ndarray) -> None:
         super()._rearrange(slot, edits, before)
-        self._copy(Edits(edits.copies))
         after = self.policy.tables([slot])[0]
         if edits.moves:
             source, target = (
@@ -91,12 +86,6 @@ class CodedCache(PaperCache):
             assert torch.equal(found[written], expected)
             self.compared += len(written)
 
-    def _copy(self, edits: Edits) -> None:
-        self.pool.edit(edits)
-        if edits.copies:
-            source, target = zip(*edits.copies, strict=True)
-            self.paper[:, list(target)] = self.paper[:, list(source)]
-
     def _sync(self) -> None:
         """What differs was written."""
         paper, now = self.paper.reshape(LAYERS, -1), self._flat
@@ -118,7 +107,7 @@ def values(names: torch.Tensor) -> torch.Tensor:
     ("name", "kind", "params"),
     [
         ("paged", "int8", ({}, {"max_attention_window": 10, "sink_token_length": 3})),
-        ("prefix", "fp8", ({}, {"partial_blocks": False})),
+        ("prefix", "fp8", ({}, {"partial_blocks": False}, {"host_tokens": 24})),
         ("h2o", "int8", ({"heavy": 2, "recent": 3},)),
         ("streaming_llm", "fp8", ({"max_attention_window": 10, "sink_token_length": 3},)),
     ],

@@ -208,6 +208,12 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix, blocks of two": {"make": PrefixPolicy, "tokens_per_block": 2, "max_tokens": 40},
     "prefix, whole blocks": {"make": lambda: PrefixPolicy(PrefixOptions(partial_blocks=False, eviction="lfu"))},
     "prefix, never waits": {"make": lambda: PrefixPolicy(PrefixOptions(wait_for_prefix=False)), "tokens_per_block": 2},
+    "prefix, host": {"make": lambda: PrefixPolicy(PrefixOptions(host_tokens=24)), "max_tokens": 40},
+    "prefix, host, tight": {
+        "make": lambda: PrefixPolicy(PrefixOptions(host_tokens=6)),
+        "tokens_per_block": 2,
+        "max_tokens": 32,
+    },
     "prefix, optimistic": {
         "make": lambda: PrefixPolicy(PrefixOptions(admission="optimistic", watermark=0.1)),
         "worst_case": False,
@@ -383,5 +389,5 @@ RING = {"options": PagedOptions(max_attention_window=10, sink_token_length=2)}
 def test_planted_bug_is_caught(policy: type[PagedPolicy], members: dict[str, Any], self_check: bool) -> None:
     options = members.get("options")
     rest = {name: value for name, value in members.items() if name != "options"}
-    with pytest.raises((AssertionError, IndexError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, LookupError, pytest.fail.Exception)):
         run(300, (Phase.generate,), make=lambda: policy(options), self_check=self_check, **rest)

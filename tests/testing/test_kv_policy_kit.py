@@ -37,7 +37,7 @@ EACH = [
 ]
 BUILT_IN: dict[str, tuple[dict[str, Any], ...]] = {
     "paged": ({}, {"watermark": 0.2}),
-    "prefix": ({}, {"eviction": "lfu", "partial_blocks": False}, {"wait_for_prefix": False}),
+    "prefix": ({}, {"eviction": "lfu", "partial_blocks": False}, {"wait_for_prefix": False}, {"host_tokens": 30}),
     "contiguous": ({},),
 }
 WRONG = ({"watermark": 2},)

@@ -236,8 +236,9 @@ class KVCache:
 
     def _rearrange(self, edits: Edits) -> None:
         """Run what ``after_prefill`` or ``after_step`` returned."""
-        if edits.copies:
-            self._executable.edit_kv(Edits(edits.copies))
+        blocks = replace(edits, moves=(), drops=())
+        if blocks:
+            self._executable.edit_kv(blocks)
         moves = np.array([(m.slot, m.source, m.target, -1 if m.layer is None else m.layer) for m in edits.moves], int)
         slot, source, target, layer = moves.reshape(-1, 4).T
         there = self.cached - self.dropped

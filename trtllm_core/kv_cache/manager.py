@@ -106,6 +106,10 @@ class KVCacheManager:
                 f"KVCacheManager: the policy's ring (window {self.plan.window}, sink {self.plan.sink}) must be that of "
                 f"the arguments (window {window}, sink {sink})"
             )
+        if self.plan.host_blocks:
+            raise ConfigError(
+                "KVCacheManager tells of copies alone: a policy that saves blocks to the host cannot be used"
+            )
         self._slots: list[range] = []
         self._free = list(range(num_blocks - 1, -1, -1))
         self._edits = self._after_context = Edits()

@@ -11,6 +11,7 @@ WORDS = {
     "positions": "positions within the cache",
     "moves": "entries that move and are dropped",
     "attention_scores": "attention scores",
+    "host": "blocks in the host's memory",
 }
 """What a user reads of ``Capabilities.kv``."""
 
@@ -44,6 +45,7 @@ def check_offered(policy: KVPolicy, plan: KVPlan, executable: Executable) -> Non
     wanted = set(policy.needs - {"tokens"})
     wanted |= {"window"} if plan.window is not None else set()
     wanted |= {"positions"} if plan.positions == "cache" else set()
+    wanted |= {"host"} if plan.host_blocks else set()
     wanted |= {"moves"} if plan.evicts or settles(policy) else set()
     missing = sorted(WORDS.get(name, name) for name in wanted - executable.capabilities.kv)
     if missing:

@@ -56,6 +56,11 @@ class PrefixOptions(BlockOptions):
     partial_blocks: bool = Field(
         default=True, description="whether the beginning of a kept block is reused, too; it is copied"
     )
+    host_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="tokens of given-up blocks that the host's memory keeps, to be copied back when they are found",
+    )
     wait_for_prefix: bool = Field(
         default=True, description="whether a request waits while another one computes what it could reuse"
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from trtllm_core.errors import CapacityError
 from trtllm_core.kv_cache.blocks import require
 from trtllm_core.kv_cache.options import BlockOptions, PrefixOptions
 from trtllm_core.kv_cache.orders import make_order
 from trtllm_core.kv_cache.paged import PagedPolicy
 from trtllm_core.kv_cache.prefix_tree import Ids, Node, PrefixTree
 from trtllm_core.kv_cache.slots import Counts
-from trtllm_core.plugin.kv_policy import Admission, Edits, KVBudget, KVModel, KVPlan, KVUsage
+from trtllm_core.plugin.kv_policy import Admission, Edits, KVBudget, KVModel, KVPlan, KVUsage, Placement
 
 _NO_BLOCKS = np.empty(0, np.int32)
 
@@ -30,6 +32,9 @@ class PrefixPolicy(PagedPolicy):
     end of a sequence first. A request is promised what it may need beyond the blocks that it shares, and shared blocks
     are counted once. The promise holds while nobody takes back tokens that others reuse.
 
+    **Host.** With ``host_tokens``, what is given up goes to the host's memory, and is copied back when it is found. Of
+    what lies there, what was given up first goes first.
+
     **Waiting.** Of requests that begin alike one computes, and the others are admitted when they can share.
     """
 
@@ -44,7 +49,14 @@ class PrefixPolicy(PagedPolicy):
     def plan(self, model: KVModel, budget: KVBudget) -> KVPlan:
         """See :meth:`KVPolicy.plan`."""
         plan = super().plan(model, budget)
-        self._tree = PrefixTree(plan.num_blocks, plan.tokens_per_block, self._order)
+        places = self.options.host_tokens // plan.tokens_per_block
+        if self.options.host_tokens and not places:
+            raise CapacityError(
+                f"host_tokens={self.options.host_tokens} do not hold one block of {plan.tokens_per_block} tokens: "
+                "raise it, or build with a smaller tokens_per_block"
+            )
+        plan = replace(plan, host_blocks=places)
+        self._tree = PrefixTree(plan.num_blocks, plan.tokens_per_block, self._order, places)
         self._pool = self._tree.pool
         slots = budget.max_slots
         self._covered: Counts = np.zeros(slots, dtype=np.int64)
@@ -73,15 +85,17 @@ class PrefixPolicy(PagedPolicy):
         if self.options.wait_for_prefix and self._is_computed(extra_key, ids, len(path) * self._tokens_per_block):
             return None
         hits = path[1:]
-        blocks = np.array([node.block for node in hits], np.int32)
-        if need - len(hits) > self._unpromised(blocks) - spared:
+        blocks = np.array([node.block for node in hits if node.block >= 0], np.int32)
+        if need - len(blocks) > self._unpromised(blocks) - spared:
             return None
         self._tree.clock += 1
         self._tree.use(hits, priority)
         self._pool.share(blocks)
-        self._table[slot, : len(hits)] = blocks
-        self._held[slot] = self._covered[slot] = len(hits)
+        self._table[slot, : len(blocks)] = blocks
+        self._held[slot] = self._covered[slot] = len(blocks)
         self._live[slot], self._promised[slot] = True, need
+        # Blocks that come back from the host are part of what was promised, like those that will be computed.
+        loads = self._tree.load(hits[len(blocks) :], lambda: self._draw(slot, int(self._held[slot]), -1)[1])
         hit = len(hits) * self._tokens_per_block
         part, edits = self._reuse_part(slot, path[-1], ids[hit:-1], priority)
         self._length[slot] = hit + part
@@ -90,7 +104,16 @@ class PrefixPolicy(PagedPolicy):
         self._priority[slot] = priority
         if len(ids):
             self._computing[slot] = extra_key, ids
-        return Admission(hit + part, edits)
+        return Admission(hit + part, replace(edits, saves=self._tree.host.take_saves(), loads=loads))
+
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> Placement:
+        """See :meth:`PagedPolicy.extend`. Blocks that were given up are saved before anybody writes to new ones."""
+        before = self._tree.pool.taken
+        placement = super().extend(slots, counts)
+        if self._tree.host.saves and self._tree.pool.taken > before:
+            edits = replace(placement.edits, saves=self._tree.host.take_saves())
+            placement = replace(placement, edits=edits)
+        return placement
 
     def commit(
         self, slots: Sequence[int], counts: Sequence[int], tokens: Sequence[Sequence[int]] | None = None
@@ -159,7 +182,8 @@ class PrefixPolicy(PagedPolicy):
 
     def usage(self) -> KVUsage:
         """See :meth:`KVPolicy.usage`."""
-        return KVUsage(len(self._pool), self._pool.available, int((self._owners() > 1).sum()), self._tree.pool.idle)
+        shared, idle = int((self._owners() > 1).sum()), self._tree.pool.idle
+        return KVUsage(len(self._pool), self._pool.available, shared, idle, len(self._tree.host.nodes))
 
     def check_integrity(self) -> None:
         """See :meth:`KVPolicy.check_integrity`."""

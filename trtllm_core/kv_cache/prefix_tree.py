@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trtllm_core.kv_cache.blocks import BlockPool, require
+from trtllm_core.kv_cache.host_tier import HostTier
 from trtllm_core.plugin.eviction import CachedBlock, EvictionOrder
 
 Ids = npt.NDArray[np.int32]
@@ -30,6 +31,8 @@ class KeepingPool(BlockPool):
         """bool ``[num_blocks]``: the tree owns it, too."""
         self.idle = 0
         """Blocks that the tree alone owns."""
+        self.taken = 0
+        """How often a block was taken."""
         self._give_up = give_up
         self._on_idle = on_idle
 
@@ -42,6 +45,7 @@ class KeepingPool(BlockPool):
         """See :meth:`BlockPool.take`."""
         if not self.free and self.idle:
             self._give_up()
+        self.taken += 1
         return super().take(hint)
 
     def share(self, blocks: npt.NDArray[np.int32]) -> None:
@@ -91,9 +95,13 @@ class KeepingPool(BlockPool):
 
 @dataclass(eq=False, slots=True)
 class Node(CachedBlock):
-    """A block in the tree, or with ``block`` -1 and no parent the root of all prefixes under one extra key."""
+    """A block in the tree, or without a parent the root of all prefixes under one extra key.
+
+    What continues a block that is in the pool may be in the host's memory alone, never the other way round.
+    """
 
     block: int = -1
+    """In the pool; -1: it is not there."""
     key: bytes = b""
     """Its tokens, int32."""
     extra: tuple[Any, ...] = ()
@@ -101,6 +109,10 @@ class Node(CachedBlock):
     children: dict[bytes, Node] = field(default_factory=dict)
     alive: bool = True
     """False once it was given up."""
+    place: int = -1
+    """In the host's memory; -1: it is not there."""
+    resident: int = 0
+    """Children in the pool."""
 
 
 class PrefixTree:
@@ -109,7 +121,8 @@ class PrefixTree:
     Keys are the tokens themselves, not hashes of them: a hit is never somebody else's text.
     """
 
-    def __init__(self, num_blocks: int, tokens_per_block: int, order: EvictionOrder) -> None:
+    def __init__(self, num_blocks: int, tokens_per_block: int, order: EvictionOrder, places: int = 0) -> None:
+        self.host = HostTier(places)
         self.pool = KeepingPool(num_blocks, self._evict, self._queue)
         self.clock = 0
         self._size = tokens_per_block
@@ -136,26 +149,29 @@ class PrefixTree:
     def nearest(self, node: Node, tokens: Ids) -> tuple[Node | None, int]:
         """The block after ``node`` that begins with most of ``tokens`` (fewer than a block, or a block that is not
         there), and how many that are."""
-        if not node.children or not len(tokens):
+        if not node.resident or not len(tokens):
             return None, 0
+        children = [child for child in node.children.values() if child.block >= 0]
         tokens = tokens[: self._size]
-        held = np.frombuffer(b"".join(node.children), np.int32).reshape(-1, self._size)[:, : len(tokens)]
-        equal = (held == tokens).cumprod(axis=1).sum(axis=1)
+        held = np.frombuffer(b"".join(child.key for child in children), np.int32)
+        equal = (held.reshape(-1, self._size)[:, : len(tokens)] == tokens).cumprod(axis=1).sum(axis=1)
         best = int(equal.argmax())
-        return list(node.children.values())[best], int(equal[best])
+        return children[best], int(equal[best])
 
     def add(self, parent: Node, tokens: bytes, block: int, priority: int) -> Node | None:
         """Keep ``block``, which a slot holds and has filled, after ``parent``. Where another block holds the same, that
-        one stays and this one is not kept. None: ``parent`` was given up, nothing can follow it."""
-        if parent.block < 0:
+        one stays and this one is not kept. None: ``parent`` is not in the pool any more, nothing can follow it."""
+        if parent.parent is None:
             parent = self._roots.setdefault(parent.extra, parent)
-        elif not parent.alive:
+        elif parent.block < 0:
             return None
         node = parent.children.get(tokens)
         if node is None:
-            node = Node(parent.depth + 1, self.clock, self.clock, 0, priority, block, tokens, parent=parent)
-            parent.children[tokens] = self._nodes[block] = node
-            self.pool.keep(block)
+            node = parent.children[tokens] = Node(
+                parent.depth + 1, self.clock, self.clock, 0, priority, key=tokens, parent=parent
+            )
+        if node.block < 0:
+            self._put(node, block)
         node.priority = max(node.priority, priority)
         return node
 
@@ -168,18 +184,26 @@ class PrefixTree:
 
     def touch(self, node: Node | None) -> None:
         """A slot lets go of a sequence that ends with ``node``."""
-        while node is not None and node.block >= 0:
+        while node is not None and node.parent is not None:
             node.last_used = self.clock
             node = node.parent
 
     def discard(self, node: Node | None, depth: int) -> None:
         """Give up the end of a sequence, down to ``depth`` blocks, as far as nobody else uses it."""
         while node is not None and node.depth > depth and node.alive and not node.children:
-            if self.pool.refs[node.block] != 1:
+            if node.block >= 0 and self.pool.refs[node.block] != 1:
                 return
             parent = node.parent
             self._remove(node)
             node = parent
+
+    def load(self, nodes: list[Node], draw: Callable[[], int]) -> tuple[tuple[int, int], ...]:
+        """Bring the end of a path back to the pool, into blocks that ``draw`` gives a slot: (place, block) of each."""
+        self.host.hold(nodes)  # drawing may give up blocks, which look for a place
+        for node in nodes:
+            self._put(node, draw())
+        self.host.let_go(nodes)
+        return tuple((node.place, node.block) for node in nodes)
 
     def give_up(self, blocks: int) -> int:
         """Give up as many idle blocks, or all that there are. Returns how many."""
@@ -190,7 +214,14 @@ class PrefixTree:
 
     def check(self) -> None:
         """Raise ``AssertionError`` where tree and pool disagree."""
-        found = {node.block: node for root in self._roots.values() for node in self._below(root)}
+        nodes = [node for root in self._roots.values() for node in self._below(root)]
+        found = {node.block: node for node in nodes if node.block >= 0}
+        self.host.check()
+        require({node for node in nodes if node.place >= 0} == set(self.host.nodes), "places have other owners")
+        for node in nodes:
+            require(node.block >= 0 or node.place >= 0, "the tree holds a block that is nowhere")
+            require(node.resident == sum(child.block >= 0 for child in node.children.values()), "children were lost")
+            require(node.block >= 0 or not node.resident, "a block is in the pool without the one that it continues")
         require(sorted(found) == np.flatnonzero(self.pool.kept).tolist(), "what is kept is not what the tree holds")
         queued = {id(node) for _, _, node in self._heap}
         for block, node in found.items():
@@ -211,7 +242,7 @@ class PrefixTree:
         for block in blocks:
             node = self._nodes[block]
             assert node is not None
-            if not node.children:
+            if not node.resident:
                 heapq.heappush(self._heap, (self._order.key(node), next(self._serial), node))
         if len(self._heap) > 64 + 4 * len(self._nodes):  # most entries are stale: their blocks were taken up again
             idle = {id(node): node for _, _, node in self._heap if self._may_go(node)}
@@ -219,7 +250,7 @@ class PrefixTree:
             heapq.heapify(self._heap)
 
     def _may_go(self, node: Node) -> bool:
-        return node.alive and not node.children and self.pool.refs[node.block] == 1
+        return node.block >= 0 and not node.resident and self.pool.refs[node.block] == 1
 
     def _evict(self) -> None:
         """Give up one idle block: the first in order of those that no kept block continues."""
@@ -233,25 +264,57 @@ class PrefixTree:
                 later -= 1
                 heapq.heappush(self._heap, (now, serial, node))
                 continue
-            self._remove(node)
+            self._save(node)
             return
         # What continues each idle block is held by slots, which computed the idle block a second time for themselves.
         node_or_none = self._nodes[int(np.flatnonzero(self.pool.kept & (self.pool.refs == 1))[0])]
         assert node_or_none is not None
         self._remove(node_or_none)
 
+    def _put(self, node: Node, block: int) -> None:
+        """A slot has filled ``block``, or will load it, with what the node stands for."""
+        assert node.parent is not None
+        node.block, self._nodes[block] = block, node
+        node.parent.resident += 1
+        self.pool.keep(block)
+
+    def _leave(self, node: Node) -> None:
+        """The node's block is the tree's no more."""
+        if node.block < 0:
+            return
+        assert node.parent is not None
+        self._nodes[node.block] = None
+        self.pool.forget(node.block)
+        node.block = -1
+        node.parent.resident -= 1
+        if node.parent.alive and self._may_go(node.parent):
+            self._queue([node.parent.block])
+
+    def _save(self, node: Node) -> None:
+        """Give up a block that no block in the pool continues: to the host, if that has a place or can make one."""
+        oldest = self.host.oldest()
+        if node.place < 0 and not self.host.free_place() and oldest is not None:
+            if oldest.block >= 0:
+                self.host.forget(oldest)
+            else:
+                self._remove(oldest)
+        if node.place >= 0 or self.host.free_place():
+            self.host.save(node)
+            self._leave(node)
+        else:
+            self._remove(node)
+
     def _remove(self, node: Node) -> None:
         """Take a block and all that continues it out of the tree. Blocks that slots hold stay theirs."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.key]
-        for gone in [*self._below(node), node]:
+        below = [*self._below(node), node]
+        for gone in below:
             gone.alive = False
+        for gone in below:
+            self._leave(gone)
+            self.host.forget(gone)
             gone.children = {}
-            self._nodes[gone.block] = None
-            self.pool.forget(gone.block)
-        if parent.block < 0:
-            if not parent.children:
-                del self._roots[parent.extra]
-        elif self._may_go(parent):
-            self._queue([parent.block])
+        if parent.parent is None and not parent.children:
+            del self._roots[parent.extra]

@@ -55,7 +55,8 @@ class Capabilities:
     """A row's logits do not depend on what else is in the batch, bit for bit."""
     kv: frozenset[str] = frozenset()
     """What its KV cache can do beyond blocks and copies: ``window`` (rings with sinks), ``positions`` (positions within
-    the cache), ``moves`` (entries move and are dropped), ``attention_scores``."""
+    the cache), ``moves`` (entries move and are dropped), ``attention_scores``, ``host`` (blocks are saved to the host's
+    memory and loaded back)."""
     attention_window: int | None = None
     """Tokens that any layer of this engine sees at most, itself included; None: some layer sees all."""
     lora: bool = False
@@ -119,7 +120,7 @@ class Executable(ABC):
 
     @abstractmethod
     def edit_kv(self, edits: Edits) -> None:
-        """Run the policy's copies of blocks before the next ``execute``. Moves come to ``move_kv``."""
+        """Run the policy's saves, copies and loads of blocks before the next ``execute``. Moves come to ``move_kv``."""
 
     def move_kv(self, source: np.ndarray, target: np.ndarray, layer: np.ndarray) -> None:
         """Move entries of the pool, all at the same time, before the next ``execute``.

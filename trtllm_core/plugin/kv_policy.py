@@ -70,6 +70,8 @@ class KVPlan:
     """Tokens that can be taken back at any time; None: all of them."""
     scores: bool = False
     """Set by the core: the policy must be given attention scores."""
+    host_blocks: int = 0
+    """Places for blocks in the host's memory, beside the pool: see ``Edits.saves``."""
 
     @property
     def bytes(self) -> int:
@@ -99,7 +101,8 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What must happen to the pool before the next step, in this order: all copies, all moves, all drops."""
+    """What must happen to the pool before the next step, in this order: all saves, all copies, all loads, all moves,
+    all drops."""
 
     copies: tuple[tuple[int, int], ...] = ()
     """(source block, destination block) over all layers, **simultaneous**: every source is read before any destination
@@ -109,22 +112,30 @@ class Edits:
     the call, targets where they are after it; a block with more than one owner is no target."""
     drops: tuple[tuple[int, int], ...] = ()
     """(slot, how many entries at its end are dropped); as ``moves``. The slot's ``length`` is less by as many."""
+    saves: tuple[tuple[int, int], ...] = ()
+    """(block, place) over all layers: copies to the host, one after the other; of ``KVPlan.host_blocks`` places."""
+    loads: tuple[tuple[int, int], ...] = ()
+    """(place, block) over all layers: copies back from the host."""
 
     def __bool__(self) -> bool:
-        return bool(self.copies or self.moves or self.drops)
+        return bool(self.copies or self.moves or self.drops or self.saves or self.loads)
 
     def __add__(self, later: Edits) -> Edits:
         """Both, one after the other, as one: what copies a copy reads the first source.
 
         Raises:
-            ValueError: there are moves or drops before something later. Run those first.
+            ValueError: there are moves, drops or loads before something later, or something before saves. Run those
+                first.
         """
-        if (self.moves or self.drops) and later:
-            raise ValueError("edits that move or drop entries must be run before later edits are added")
+        if ((self.moves or self.drops or self.loads) and later) or (self and later.saves):
+            raise ValueError(
+                "edits that move, drop or load must be run before later edits are added, and all before saves"
+            )
         origin = {target: source for source, target in self.copies}
         copies = origin | {target: origin.get(source, source) for source, target in later.copies}
         pairs = tuple((source, target) for target, source in copies.items() if source != target)
-        return Edits(pairs, self.moves + later.moves, self.drops + later.drops)
+        saves, loads = self.saves + later.saves, self.loads + later.loads
+        return Edits(pairs, self.moves + later.moves, self.drops + later.drops, saves, loads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,8 @@ class KVUsage:
     """Blocks that more than one slot holds."""
     cached: int = 0
     """Of the free ones, those that are kept for reuse until their room is needed."""
+    saved: int = 0
+    """Blocks that lie in the host's memory, for reuse."""
 
 
 class KVPolicy(ABC):
@@ -279,5 +292,6 @@ class KVPolicy(ABC):
         return None
 
     def evict(self, blocks: int) -> int:
-        """Give up to ``blocks`` cached, unowned blocks back to the pool. Returns how many."""
+        """Give up to ``blocks`` cached, unowned blocks back to the pool. Returns how many. What must be saved of them
+        comes with the edits of the next call that gives a slot a block."""
         return 0

@@ -54,6 +54,7 @@ class PaperCache:
         self.plan: KVPlan = policy.plan(MODEL, budget)
         self.texts: dict[int, Text] = {}
         self.cache = np.full((LAYERS, self.plan.num_blocks, self.plan.tokens_per_block), -1, np.int64)
+        self.host = np.full((LAYERS, self.plan.host_blocks, self.plan.tokens_per_block), -1, np.int64)
         self._pending = Edits()
         self._names: dict[tuple[int, Any], int] = {}
         self._places = np.array([self.plan.cache_index(position) for position in range(budget.max_seq_len)])
@@ -73,7 +74,7 @@ class PaperCache:
             0 <= hit <= max(len(tokens) - 1, 0),
             f"admit says that {hit} of {len(tokens)} prompt tokens need not be computed",
         )
-        self._pending += admission.edits
+        self._later(admission.edits)
         known = list(tokens[:hit])
         names = self._spelled(extra, [], known)
         held = np.tile(np.array(names, np.int64), (LAYERS, 1))
@@ -120,8 +121,8 @@ class PaperCache:
 
     def _rearrange(self, slot: int, edits: Edits, before: np.ndarray) -> None:
         text, after = self.texts[slot], self.policy.tables([slot])[0]
-        self._pending = Edits(edits.copies)
-        self.cache, self._pending = self._edited(), Edits()
+        self._later(replace(edits, moves=(), drops=()))
+        self._run()
         held, flat = text.held.copy(), self._flat.copy()
         for move in edits.moves:
             inside = min(move.source, move.target) >= 0 and max(move.source, move.target) < held.shape[1]
@@ -152,8 +153,8 @@ class PaperCache:
         short = np.flatnonzero(room < np.asarray(counts)).tolist()
         require(not short, f"extend gave slots {[slots[i] for i in short]} less room than was asked for")
         require(bool((tables == self.policy.tables(slots)).all()), "extend gave other tables than tables() does")
-        self._pending += placement.edits
-        self.cache, self._pending = self._edited(), Edits()
+        self._later(placement.edits)
+        self._run()
         return placement
 
     def rewind(self, slots: Sequence[int], counts: Sequence[int]) -> None:
@@ -167,7 +168,7 @@ class PaperCache:
 
     def fork(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy slots onto others."""
-        self._pending += self.policy.fork(source, target)
+        self._later(self.policy.fork(source, target))
         copies = [
             replace(text, tokens=[*text.tokens], names=[*text.names], held=text.held.copy())
             for text in map(self.texts.get, source)
@@ -197,7 +198,7 @@ class PaperCache:
 
     def check_contents(self) -> None:
         """Every slot reads back its text, as far as a ring keeps it."""
-        cache = self._edited()
+        cache, _ = self._edited()
         for slot, row in self._tables():
             text, length = self.texts[slot], self.policy.length(slot)
             has = text.held.shape[1]
@@ -263,14 +264,28 @@ class PaperCache:
         entries: np.ndarray = blocks * self.plan.tokens_per_block + within
         return entries
 
-    def _edited(self) -> np.ndarray:
-        """The cache after the pending edits: all sources are read before a destination is written."""
-        cache = self.cache.copy()
+    def _later(self, edits: Edits) -> None:
+        """Run edits before something is written: as one with those that pend, or these first where that cannot be."""
+        if edits.saves or self._pending.loads:
+            self._run()
+        self._pending += edits
+
+    def _run(self) -> None:
+        """Run what pends."""
+        (self.cache, self.host), self._pending = self._edited(), Edits()
+
+    def _edited(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cache and host after the pending edits: of copies, all sources are read before a destination is written."""
+        cache, host = self.cache.copy(), self.host.copy()
+        for block, place in self._pending.saves:
+            host[:, place] = cache[:, block]
         if self._pending.copies:
             source, target = zip(*self._pending.copies, strict=True)
             require(len(set(target)) == len(target), "two copies have one destination")
             cache[:, list(target)] = self.cache[:, list(source)]
-        return cache
+        for place, block in self._pending.loads:
+            cache[:, block] = host[:, place]
+        return cache, host
 
     def _spelled(self, extra: tuple[Any, ...], before: Sequence[int], tokens: Iterable[int]) -> list[int]:
         """What tokens after a text, whose last name is the last of ``before``, are called."""

@@ -268,7 +268,7 @@ def _attentions(module: nn.Module) -> list[Attention]:
 def _offered(module: nn.Module, sums_only: bool) -> frozenset[str]:
     """See ``Capabilities.kv``; ``sums_only``: the whole model's probabilities are not in one place, or nowhere."""
     layers = _attentions(module)
-    offered = {"window"}
+    offered = {"window", "host"}
     if all(layer.sliding_window is None and layer.alibi is None for layer in layers):
         offered.add("moves")  # else what a token sees depends on where its neighbours were
     # Angles that grow with the length belong to the token's own number, and so do learned positions.
