@@ -181,6 +181,25 @@ def test_streams_of_beams_revise_theirs(forking, name):
     assert revised, "or it shows little"
 
 
+def test_streams_of_groups_revise_log_probs_beside_equal_tokens():
+    """A group pays for what another took: the same tokens may have other log-probabilities."""
+    runner = ModelRunner.from_engine(MarkovExecutable(31, seed=0, build=GATHERED, remembers=True))
+    decoder, same = use("diverse_beam_search", groups=2, penalty=0.1), 0
+    for prompt in ([5, 3], [1], [20, 4]):
+        config = BEAMS.replace(num_beams=4, num_return_sequences=4, decoder=decoder, max_new_tokens=6)
+        told: dict[int, tuple[list, list]] = {}
+        for delta in runner.generate([prompt], config, streaming=True):
+            tokens, log_probs = told.setdefault(delta.sequence, ([], []))
+            if delta.keep is not None:
+                same += tokens[delta.keep :][:1] == list(delta.tokens[:1])
+                del tokens[delta.keep :], log_probs[delta.keep :]
+            tokens.extend(delta.tokens)
+            log_probs.extend(delta.log_probs)
+        for one in runner.generate([prompt], config)["outputs"]:
+            assert told[one.sequence] == (list(one.tokens), list(one.log_probs))
+    assert same, "or no revision was of log-probabilities alone"
+
+
 def test_a_contrastive_search_shows_them_too():
     engine = MarkovExecutable(31, build=GATHERED, remembers=True)
     decoder = use("contrastive_search", top_k=3)

@@ -74,7 +74,9 @@ def _revision(
 ) -> Delta:
     """From what was shown to what is. Where that only grew, it is told as growth."""
     branch, count, length = shown
-    kept, kept_text = _common(branch.generated[:count], one.tokens), _common(branch.text[:length], one.text)
+    # What is told beside tokens may differ where they do not: by groups, one of which pays for what the other took.
+    before = _beside(branch.generated[:count], branch.log_probs)
+    kept, kept_text = _common(before, _beside(one.tokens, one.log_probs)), _common(branch.text[:length], one.text)
     grew = kept == count and kept_text == length
     return Delta(
         live.request.request_id,
@@ -107,6 +109,10 @@ def _of_prompt(live: LiveRequest, sequence: int) -> dict[str, Any]:
 def stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Logits of tokens as ``[tokens, vocab_size_padded]``; None where there are none."""
     return torch.stack(list(rows)) if rows else None
+
+
+def _beside(tokens: Sequence[int], log_probs: Sequence[float]) -> list[tuple[int, float]]:
+    return list(zip(tokens, log_probs or [0.0] * len(tokens), strict=False))
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
