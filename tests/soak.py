@@ -165,8 +165,7 @@ def check(kind: Kind, outputs: Sequence[GenerationOutput], exact: bool) -> str:
     cut = reasons & {"cancelled", "timed_out"}
     allowed = {"cancelled": {"cancelled"}, "late": {"timed_out"}}.get(kind.fate, set())
     assert cut <= allowed, f"{kind.name}: ended as {reasons}, but nobody asked for it"
-    whole = {kind.sequences} | ({1} if kind.fails_first else set())  # a search that has not begun is one sequence
-    assert len(outputs) in ({len(kind.alone)} if exact else whole), f"{kind.name}: {len(outputs)} sequences"
+    assert len(outputs) == kind.sequences, f"{kind.name}: {len(outputs)} sequences"
     for one, alone in zip(outputs, kind.alone if exact else (), strict=exact):
         if one.finish_reason in cut:
             searched = kind.config.num_beams > 1

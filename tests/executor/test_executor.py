@@ -25,8 +25,10 @@ from trtllm_core import (
     SamplingConfig,
     Session,
 )
+from trtllm_core.decoding.request import Request
 from trtllm_core.errors import CapacityError, ConfigError, ExecutorError
 from trtllm_core.plugin import DeviceLogitsProcessor, HostLogitsProcessor, HostStoppingCriterion, hookimpl
+from trtllm_core.scheduling import Scheduler
 from trtllm_core.testing.markov import MarkovExecutable
 
 BUILD = BuildConfig(max_batch_size=4, max_beam_width=2, max_input_len=100, max_seq_len=128, tokens_per_block=8)
@@ -421,6 +423,7 @@ def test_leaving_its_block_drains_unless_an_exception_does(plugins: Plugins) -> 
 def test_a_program_may_end_without_shutting_it_down() -> None:
     script = """
 from trtllm_core import Executor, ModelRunner
+from trtllm_core.scheduling import Scheduler
 from trtllm_core.testing.markov import MarkovExecutable
 
 executor = Executor(ModelRunner.from_engine(MarkovExecutable()))
@@ -533,3 +536,27 @@ def test_several_ranks_are_refused(plugins: Plugins) -> None:
     generation = GenerationSession(None, session, Mapping(world_size=2, tp_size=2), plugins=plugins)
     with pytest.raises(ConfigError, match="engines of one rank"):
         Executor(generation)
+
+
+def test_a_search_that_is_cancelled_before_it_begins_has_all_of_its_sequences(make: Make) -> None:
+    """In the queue, and when it has its slots and no token yet."""
+    beams = GREEDY.replace(num_beams=2)
+    executor = make(max_batch_size=1)
+    gate(executor).open.clear()
+    handles = [executor.submit([5], beams) for _ in range(2)]
+    wait_for_start(executor)
+    for handle in handles:
+        handle.cancel()
+    gate(executor).open.set()
+    for handle in handles:
+        assert [one.finish_reason for one in handle.result(30)] == ["cancelled"] * 2
+    loop = executor.generation.loop
+    executor.shutdown()
+    scheduler = Scheduler(loop)
+    request = Request("0", (1, 2), beams)
+    ticket = scheduler.add(request, loop.check(request))
+    scheduler._start()
+    scheduler.end(ticket, "cancelled")
+    assert [(one.tokens, one.reason) for one in ticket.live.sequences] == [((), "cancelled")] * 2
+    assert sorted(delta.sequence for delta in scheduler.step().deltas) == [0, 1]
+    assert_nothing_is_lost(executor)

@@ -147,5 +147,8 @@ def as_they_stand(live: LiveRequest, reason: str) -> tuple[Hypothesis, ...]:
     """The sequences of a request that ends around its branches, through a failure or the user."""
     still = [branch.hypothesis(reason) for branch in (*live.running, *live.unborn)]
     if live.plan.ranked:
-        return (*still, *live.hypotheses)[: live.plan.branching.returns]
+        returns = live.plan.branching.returns
+        # A search that had not begun is one branch. Its other sequences are empty, as those of a request in the queue.
+        empty = (Hypothesis((), reason=reason, branch=n) for n in range(len(still) + len(live.hypotheses), returns))
+        return (*still, *live.hypotheses, *empty)[:returns]
     return tuple(sorted((*still, *live.hypotheses), key=lambda one: one.branch))
