@@ -117,7 +117,9 @@ def _follow(table: BranchTable, found: Found, outcome: Outcome, reasons: dict[Li
         if not (live.running or live.hypotheses):
             live.running = list(before.values())
             table.live |= before
-            live.error = PluginContractError(f"decoder {search.stage.name!r} left a request without any sequence")
+            weighed = any(table.owners[slot] is live for slot in search.slots)
+            what = "left a request without any sequence" if weighed else "found every token forbidden"
+            live.error = PluginContractError(f"decoder {search.stage.name!r} {what}")
             reasons[live] = FAILED
 
 

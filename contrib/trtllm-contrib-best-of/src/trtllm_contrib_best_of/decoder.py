@@ -47,7 +47,8 @@ class BestOf(Decoder):
         """One token for each row, by the inverse of the running sum of probabilities."""
         sums = logits.softmax(dim=1).cumsum(dim=1)
         share = batch_uniform(batch, SALT).unsqueeze(1) * sums[:, -1:]
-        return Selection(torch.searchsorted(sums, share), torch.ones_like(batch.slot))
+        nothing = logits.amax(dim=1, keepdim=True) == -torch.inf  # -1 says that every token is forbidden
+        return Selection(torch.where(nothing, -1, torch.searchsorted(sums, share)), torch.ones_like(batch.slot))
 
     def finalize(self, request_id: str, hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
         """All answers are there: the scorer ranks them; of equals, the branch of the lower number comes first."""
