@@ -52,13 +52,13 @@ def test_inspect_torch(cli: Callable, tiny_engine: Path) -> None:
 
 def test_inspect_onnxruntime(cli: Callable, onnx_engine: Path) -> None:
     found = json.loads(cli("inspect", onnx_engine, "--json").stdout)
-    assert counts(found)["TensorScatter"] == 4  # keys and values of two layers
+    assert counts(found)["GroupQueryAttention"] == 2  # rotation, cache and attention of two layers
     specs = {spec["name"]: spec for spec in found["tensors"]}
     assert specs["past_key_1"]["maximum"] == [4, 2, 32, 16]
     assert specs["present_key_1"]["shape"] == ["batch", 2, 32, 16]
     assert "cache_rows" not in specs
     out = cli("inspect", onnx_engine).stdout
-    for text in ("padded_linear", "past_key_*", "rank0.onnx (", "TensorScatter", "the ONNX graph"):
+    for text in ("padded_linear", "past_key_*", "rank0.onnx (", "GroupQueryAttention", "the ONNX graph"):
         assert text in out
     assert "past_key_1" not in out
     assert "past_key_1" in cli("inspect", onnx_engine, "--all").stdout
