@@ -83,7 +83,7 @@ def _on_machines(config: EngineConfig) -> dict[str, str]:
         facts["on_cuda"] = "decode steps run without captured graphs: the engine has several ranks"
     if config.quantization is not None and config.quantization.weights != "fp8":
         facts["on_cpu"] = (
-            "up to 8 rows meet weights with activations rounded to int8, where the CPU multiplies bytes; "
+            "up to 64 rows meet weights with activations rounded to int8, where the CPU multiplies bytes; "
             "not with int8_activations=False, or batch_invariant"
         )
     return facts

@@ -67,7 +67,7 @@ def quantization_cost(
     ours = _logits(config, family, checkpoint, text)
     float8 = config.quantization is not None and config.quantization.weights == "fp8"
     rounded = _logits(config, family, checkpoint, text, rounded=True) if float8 else None
-    int8 = measure_rounding(_engine(config, family, checkpoint), text)
+    int8 = measure_rounding(_engine(config, family, checkpoint, int8_activations=None), text)
     difference = ours - plain
     return QuantizationCost(
         tokens=len(text) - 1,
@@ -93,14 +93,18 @@ def _logits(
     return packed_logits(engine, [text], [1])[0, :, : config.model.vocab_size]
 
 
-def _engine(config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint) -> TorchExecutable:
+def _engine(
+    config: EngineConfig, family: ModelFamily, checkpoint: Checkpoint, int8_activations: bool | None = False
+) -> TorchExecutable:
     rank = TensorParallel()
     dtypes = parameter_dtypes(meta_module(config, family, rank))
     parts = rank_weights(
         check_weight_map(family, config.model, checkpoint), config.model, checkpoint, rank, config.quantization
     )
     tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in parts}
-    return TorchBackend().assemble(tensors, config, family, torch.device("cpu"), rank)
+    return TorchBackend().assemble(
+        tensors, config, family, torch.device("cpu"), rank, int8_activations=int8_activations
+    )
 
 
 def _perplexity(logits: torch.Tensor, text: torch.Tensor) -> float:

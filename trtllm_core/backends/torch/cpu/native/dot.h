@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 4;  // that a code is read for once
+// Rows that a code is read for once: as many as there are registers for.
+constexpr int64_t MOST_ROWS = LANES == 16 ? 8 : 4, SOME_ROWS = MOST_ROWS / 2;
 
 // A tile's width of numbers.
 struct Wide {

@@ -1,4 +1,4 @@
-// A linear layer over a quantised weight for few rows, with what stands before and after it.
+// A linear layer over a quantised weight, with what stands before and after it.
 
 #pragma once
 
@@ -24,7 +24,8 @@ extern "C" struct Product {
 
 namespace {
 
-// Activations of all rows as a product wants them, each thread its own: waiting for each other would cost more than it saves.
+// Activations of some rows as a product wants them, each thread its own: waiting for each other would cost more than it
+// saves.
 struct Prepared {
   std::vector<float> wide, sums;  // [rows, in], and sums of groups [rows, in / group]
   std::vector<int8_t> codes;
@@ -36,24 +37,17 @@ struct Prepared {
   }
 };
 
-inline Prepared& prepared() {
-  thread_local Prepared of_thread;
-  return of_thread;
-}
-
+// Rows first to first + rows of a product's.
 template <typename T>
-void prepare(const Product& product, Prepared& to) {
+void prepare(const Product& product, int64_t first, int64_t rows, Prepared& to) {
   const int64_t in = product.weight.in, group = product.weight.group;
-  const T* x = static_cast<const T*>(product.x);
-  to.wide.resize(product.rows * in);
-  if (product.rounds) {
-    to.codes.resize(product.rows * in);
-    to.factors.resize(product.rows * in / BLOCK);
-    to.totals.resize(product.rows * in / BLOCK);
-  } else {
-    to.sums.resize(product.rows * in / group);
-  }
-  for (int64_t row = 0; row < product.rows; ++row) {
+  const T* x = static_cast<const T*>(product.x) + first * in * (product.before == SILU_GATE ? 2 : 1);
+  to.wide.resize(rows * in);
+  to.codes.resize(rows * in);
+  to.factors.resize(rows * in / BLOCK);
+  to.totals.resize(rows * in / BLOCK);
+  to.sums.resize(rows * in / group);
+  for (int64_t row = 0; row < rows; ++row) {
     float* wide = to.wide.data() + row * in;
     if (product.before == RMS_NORM) {
       rms_normed(x + row * in, static_cast<const T*>(product.norm), wide, in, product.eps);
@@ -113,23 +107,38 @@ inline void put(const Product& product, const Wide& total, int64_t row, int64_t 
   }
 }
 
+constexpr int64_t CHUNK = 32;  // rows whose activations a core's nearest cache holds
+
+// Some tiles for some rows.
+template <typename T>
+void linear_part(const Product& product, int64_t first_row, int64_t rows, int64_t first_tile, int64_t last_tile) {
+  const Packed& weight = product.weight;
+  thread_local Prepared x;
+  prepare<T>(product, first_row, rows, x);
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
+    const int64_t first = tile * TILE, features = std::min(TILE, weight.out - first);
+    for (int64_t row = 0, count; row < rows; row += count) {
+      count = rows - row >= MOST_ROWS ? MOST_ROWS : rows - row >= SOME_ROWS ? SOME_ROWS : 1;
+      const Dot dot = count == 1 ? dot_for<1>(weight) : count == SOME_ROWS ? dot_for<SOME_ROWS>(weight) : dot_for<MOST_ROWS>(weight);
+      Wide totals[MOST_ROWS] = {};
+      dot(product, record, x, row, totals);
+      for (int64_t r = 0; r < count; ++r) put<T>(product, totals[r], first_row + row + r, first, features);
+    }
+  }
+}
+
+// Few rows are shared out by tiles, so that a weight is read once; many by chunks, so that a row is prepared once.
 template <typename T>
 void linear(const void* arguments, const Team& team) {
   const Product& product = *static_cast<const Product*>(arguments);
-  const Packed& weight = product.weight;
-  const Dot one = dot_for<1>(weight), most = dot_for<MOST_ROWS>(weight);
-  Prepared& x = prepared();
-  if (!team.is_taken(tiles_of(weight))) prepare<T>(product, x);
-  team.share(tiles_of(weight), [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const uint8_t* record = weight.tiles + tile * tile_bytes(weight);
-      const int64_t first = tile * TILE, features = std::min(TILE, weight.out - first);
-      for (int64_t row = 0, count; row < product.rows; row += count) {
-        count = row + MOST_ROWS <= product.rows ? MOST_ROWS : 1;
-        Wide totals[MOST_ROWS] = {};
-        (count == 1 ? one : most)(product, record, x, row, totals);
-        for (int64_t r = 0; r < count; ++r) put<T>(product, totals[r], row + r, first, features);
-      }
+  const int64_t chunks = (product.rows + CHUNK - 1) / CHUNK, tiles = tiles_of(product.weight);
+  const int64_t columns = chunks >= 2 * team.threads() ? 1 : std::min(team.threads(), tiles);
+  team.share(chunks * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t chunk = part % chunks, column = part / chunks, row = chunk * CHUNK;
+      linear_part<T>(product, row, std::min(CHUNK, product.rows - row), tiles * column / columns,
+                     tiles * (column + 1) / columns);
     }
   });
 }

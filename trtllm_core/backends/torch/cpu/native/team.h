@@ -27,10 +27,7 @@ class Team {
  public:
   Team(Progress* progress, int64_t threads) : progress_(progress), threads_(threads) {}
 
-  // Whether others have taken all parts: then there is nothing to prepare for.
-  bool is_taken(int64_t count) const {
-    return threads_ > 1 && progress_->taken.load(std::memory_order_relaxed) >= count;
-  }
+  int64_t threads() const { return threads_; }
 
   // Calls body(begin, end) until all of 0..count are taken, by whomever, and returns when all are done. Where all threads
   // run each takes one share: neighbours lie together in memory.
