@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from trtllm_core import BuildConfig, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, build_engine, use
+from trtllm_core.backends.torch.backend import TorchBackend
 from trtllm_core.errors import ConfigError
 from trtllm_core.outputs import GenerationOutput
 from trtllm_core.scheduling import Scheduler
@@ -183,13 +184,17 @@ def test_room(engines: dict[str, Path], kind: str, runner: Callable[..., ModelRu
     assert json.loads((engines[kind] / "config.json").read_text())["build"]["kv_dtype"] == kind
 
 
-def test_refusals(tmp_path: Path, plugins: Plugins) -> None:
+def test_refusals(tmp_path: Path, plugins: Plugins, runner: Callable[..., ModelRunner]) -> None:
     with pytest.raises(ConfigError, match="kv_dtype"):
         BuildConfig(kv_dtype="int4")
     with pytest.raises(
         ConfigError, match="fp8, int8 codes, or in the engine's dtype, float32: leave kv_dtype='float16'"
     ):
         build_engine(write_llama(tmp_path / "hf"), tmp_path / "e", LIMITS.replace(kv_dtype="float16"), plugins=plugins)
+    config = runner("int8").config
+    odd = config.replace(model=config.model.replace(head_size=7))
+    with pytest.raises(ConfigError, match="int8 keys and values need heads of an even size"):
+        TorchBackend().build(odd, plugins.model_families.get("llama").load(), [], tmp_path, 0, lambda *_: None)
 
 
 @pytest.mark.cuda

@@ -71,6 +71,8 @@ class TorchBackend(Backend):
                 f"the torch backend keeps keys and values as {', '.join(CODES)} codes, or in the engine's dtype, "
                 f"{config.model.dtype}: leave kv_dtype={config.kv_dtype!r} out"
             )
+        if config.kv_dtype in CODES and config.model.head_size % 2:
+            raise ConfigError(f"{config.kv_dtype} keys and values need heads of an even size: leave kv_dtype out")
         module = meta_module(config, family, TensorParallel(rank, config.build.tp_size))
         path = directory / f"rank{rank}.safetensors"
         metadata = {"engine": config.model_dump_json(), "rank": str(rank)}

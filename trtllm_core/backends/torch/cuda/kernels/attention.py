@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_core.backends.torch.cuda.kernels.codes import encoded
+from trtllm_core.backends.torch.cuda.kernels.codes import encoded, halves, lower_and_upper
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 from trtllm_core.backends.torch.layer_cache import LayerCache, largest_of
 from trtllm_core.nn import Attention
@@ -96,10 +96,13 @@ def decode_attention(
     slopes = None if layer.alibi is None else layer.alibi.table
     padded = max(16, up(size))
     launch = NUMBERS if cache.scales is None else CODES
+    exact = qkv.dtype == torch.float32
+    large = padded > 128 or (exact and cache.scales is not None)  # codes become float32 numbers in shared memory
     options = launch_options(qkv.device)
     _attend[(count, kv_heads, splits)](
         qkv,
         cache.data,
+        cache.data if cache.scales is None else cache.data.view(torch.int16),
         cache.data if cache.scales is None else cache.scales,
         rows.tables,
         rows.width,
@@ -119,13 +122,13 @@ def decode_attention(
         PADDED=padded,
         ROTARY=0 if layer.rotary is None or rotated else layer.rotary.dim,
         BLOCK=tokens_per_block,
-        TILE=launch.tile if padded <= 128 else launch.tile // 2,
+        TILE=launch.tile // 2 if large else launch.tile,
         STAGES=launch.stages,
         SPLITS=splits,
         CAPPED=layer.softcap is not None,
         BIASED=slopes is not None,
         WINDOWED=layer.sliding_window is not None,
-        EXACT=qkv.dtype == torch.float32,
+        EXACT=exact,
         LARGEST=largest_of(cache),
         num_warps=launch.warps,
         **options,
@@ -155,6 +158,7 @@ def _scored(dots, entry, past, scale, softcap, slope, CAPPED: tl.constexpr, BIAS
 def _attend(
     qkv_ptr,
     cache_ptr,
+    pairs_ptr,
     scales_ptr,
     tables_ptr,
     width_ptr,
@@ -188,6 +192,7 @@ def _attend(
 
     ``LARGEST`` of 0: the cache holds numbers. Codes are exact in half precision, whatever the dtype of the queries; a
     key's scale goes to its score and a value's to its weight, and what could overflow or vanish is divided out before.
+    Codes of values are read two by two (``pairs_ptr``, the same memory as int16): even elements, and odd ones.
     """
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -231,7 +236,9 @@ def _attend(
         slope = tl.load(slopes_ptr + kv_head * GROUP + group, mask=group < GROUP, other=0.0)[:, None]
     top = tl.full((GROUP_PADDED,), _NONE, tl.float32)
     total = tl.zeros((GROUP_PADDED,), tl.float32)
-    mean = tl.zeros((GROUP_PADDED, PADDED), tl.float32)
+    mean = tl.zeros((GROUP_PADDED, PADDED // 2 if LARGEST > 0 else PADDED), tl.float32)
+    odd = tl.zeros((GROUP_PADDED, PADDED // 2), tl.float32)
+    pair = tl.arange(0, PADDED // 2)
     if (split == SPLITS - 1) & (past >= 0):
         v_new = tl.load(own + ((GROUP + 1) * KV_HEADS + kv_head) * SIZE + element, mask=inside, other=0.0)
         block = tl.load(tables_ptr + row * width + past // BLOCK).to(tl.int64)
@@ -253,7 +260,12 @@ def _attend(
         dots = (tl.sum(q.to(tl.float32) * k_own[None, :], 1) * unit)[:, None]
         top = tl.reshape(_scored(dots, past, past, scale, softcap, slope, CAPPED, BIASED), (GROUP_PADDED,))
         total += 1.0
-        mean += v_own[None, :]
+        if LARGEST > 0:
+            even_own, odd_own = tl.split(tl.reshape(v_own, (PADDED // 2, 2)))
+            mean += even_own[None, :]
+            odd += odd_own[None, :]
+        else:
+            mean += v_own[None, :]
     first = 0
     if WINDOWED:
         first = tl.maximum(past - window + 1, 0) // TILE
@@ -271,8 +283,14 @@ def _attend(
             at = (blocks * BLOCK + entry % BLOCK) * (2 * KV_HEADS * SIZE) + kv_head * SIZE
             scale_at = scales_ptr + (blocks * (2 * KV_HEADS) + kv_head) * BLOCK + entry % BLOCK
         k = tl.load(cache_ptr + at[None, :] + element[:, None], mask=held[None, :] & inside[:, None], other=0.0)
-        v_at = cache_ptr + KV_HEADS * SIZE + at[:, None] + element[None, :]
-        v = tl.load(v_at, mask=held[:, None] & inside[None, :], other=0.0)
+        if LARGEST > 0:
+            v_at = pairs_ptr + (KV_HEADS * SIZE + at[:, None]) // 2 + pair[None, :]
+            v = tl.load(v_at, mask=held[:, None] & (pair < SIZE // 2)[None, :], other=0)
+            if cache_ptr.dtype.element_ty == tl.int8:
+                k = halves(k.to(tl.uint8, bitcast=True).to(tl.int16))
+        else:
+            v_at = cache_ptr + KV_HEADS * SIZE + at[:, None] + element[None, :]
+            v = tl.load(v_at, mask=held[:, None] & inside[None, :], other=0.0)
         dots = tl.dot(q_narrow, k.to(narrow), input_precision="ieee" if EXACT else "tf32")
         if LARGEST > 0:
             k_scale = tl.load(scale_at, mask=held, other=0.0)
@@ -291,11 +309,17 @@ def _attend(
         if LARGEST > 0:
             most = tl.maximum(tl.max(v_scale, 0), 1e-30)
             weights = (weights * (v_scale / most)[None, :]).to(narrow)
-            seen_here = tl.dot(weights, v.to(narrow), input_precision="ieee" if EXACT else "tf32") * most
+            lower, upper, unit_of = lower_and_upper(v, cache_ptr.dtype.element_ty)
+            seen_here = tl.dot(weights, lower.to(narrow), input_precision="ieee" if EXACT else "tf32")
+            seen_odd = tl.dot(weights, upper.to(narrow), input_precision="ieee" if EXACT else "tf32")
+            mean = mean * decay[:, None] + seen_here * (most * unit_of)
+            odd = odd * decay[:, None] + seen_odd * (most * unit_of)
         else:
             seen_here = tl.dot(weights.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
-        mean = mean * decay[:, None] + seen_here
+            mean = mean * decay[:, None] + seen_here
         top = higher
+    if LARGEST > 0:
+        mean = tl.interleave(mean, odd)
     some = tl.where(total > 0, total, 1.0)
     mean = mean / some[:, None]
     head = (row * KV_HEADS + kv_head) * GROUP + group
