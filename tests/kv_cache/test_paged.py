@@ -415,3 +415,26 @@ def test_a_ring_takes_back_its_slack() -> None:
     policy.check_integrity()
     policy.release([0, 1])
     assert policy.usage().free == policy.usage().total
+
+
+@pytest.mark.parametrize("admission", ["worst_case", "optimistic"])
+def test_who_may_grow_beside_forks(admission: str) -> None:
+    """Blocks that are shared cost nothing until they are written; where nothing is promised, they count for nothing."""
+    policy = paged(blocks=10, slots=4, admission=admission)
+    begin(policy, 0, 4)
+    for slot in (1, 2, 3):
+        begin(policy, slot, 4)
+    policy.extend([0], [12])
+    policy.commit([0], [12])
+    policy.fork([0, 0], [1, 2])  # 4 blocks, three times
+    assert policy.usage().free == 5
+    if admission == "worst_case":
+        with pytest.raises(OutOfBlocksError):
+            policy.extend([3], [4])
+    else:
+        policy.extend([3], [8])
+        policy.commit([3], [8])
+        assert policy.usage().free == 3
+        with pytest.raises(OutOfBlocksError):
+            policy.extend([0, 1, 2, 3], [4, 4, 4, 4])
+    policy.check_integrity()

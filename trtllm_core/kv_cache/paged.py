@@ -32,7 +32,8 @@ class PagedPolicy(SlotPolicy):
     A slot that stays within its promise never runs out, whatever is forked onto it (a beam's blocks are at most as
     many as its promise). A slot that was made by ``fork`` has no promise: it grows into what is promised to nobody,
     and ``extend`` raises :class:`OutOfBlocksError` when that is used up. Admit every branch to be safe from it.
-    With ``admission="optimistic"`` only the prompt and one token are promised, and every slot grows like that.
+    With ``admission="optimistic"`` only the prompt and one token are looked for, and every slot grows while a block is
+    free.
 
     **Sharing.** ``fork`` shares the blocks that hold tokens, never reserved ones, and takes the room of both sides
     away where their last block is now shared. ``extend`` copies what a slot would write and does not own alone.
@@ -257,7 +258,7 @@ class PagedPolicy(SlotPolicy):
             # Of a slot with a promise, shared blocks are counted already as if they were its own.
             strange += max(0, held - max(promised, counted)) if promised else len(draws) - before
         missing = len(draws) - self._pool.available
-        if strange:
+        if strange and self.options.admission == "worst_case":  # else nobody was promised anything to grow into
             missing = max(missing, strange - self._unpromised())
         if missing > 0:
             raise OutOfBlocksError(missing)
