@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,5 +170,7 @@ def test_what_the_pool_cannot_keep_the_host_does(kind: str, tmp_path: Path, plug
 
 def test_an_engine_without_room_on_the_host_says_so(plugins: Plugins) -> None:
     cache = KVCacheConfig(policy="prefix", options={"host_tokens": 64})
+    engine = MarkovExecutable()
+    engine.capabilities = replace(engine.capabilities, kv=engine.capabilities.kv - {"host"})
     with pytest.raises(ConfigError, match="PrefixPolicy needs blocks in the host's memory, which this engine"):
-        ModelRunner.from_engine(MarkovExecutable(), plugins=plugins, kv_cache=cache)
+        ModelRunner.from_engine(engine, plugins=plugins, kv_cache=cache)

@@ -61,7 +61,7 @@ class MarkovExecutable(Executable):
             multi_position=True,
             batch_invariant=True,
             hidden_states=True,
-            kv=frozenset({"window", "moves", "attention_scores"}),
+            kv=frozenset({"window", "moves", "attention_scores", "host"}),
         )
         self.tensors: tuple[TensorSpec, ...] = ()
         generator = torch.Generator().manual_seed(seed)
@@ -77,14 +77,19 @@ class MarkovExecutable(Executable):
         assert plan.window is None or not self.remembers, "a ring forgets"
         self._plan = plan
         self._cache = torch.full((plan.num_blocks * plan.tokens_per_block,), -1, dtype=torch.int32)
+        self._host = torch.full((plan.host_blocks, plan.tokens_per_block), -1, dtype=torch.int32)
         return self._cache.nbytes
 
     def edit_kv(self, edits: Edits) -> None:
         """See ``Executable``."""
         blocks = self._cache.view(-1, self._plan.tokens_per_block)
+        for block, place in edits.saves:
+            self._host[place] = blocks[block]
         if edits.copies:
             src, dst = (torch.tensor(side) for side in zip(*edits.copies, strict=True))
             blocks[dst] = blocks[src]
+        for place, block in edits.loads:
+            blocks[block] = self._host[place]
 
     def move_kv(self, source: np.ndarray, target: np.ndarray, layer: np.ndarray) -> None:
         """See ``Executable``. There is one layer."""
