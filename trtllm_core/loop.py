@@ -26,6 +26,7 @@ from trtllm_core.decoding.tail import choose, commit_ahead
 from trtllm_core.decoding.tails import Tails
 from trtllm_core.errors import PluginError
 from trtllm_core.feeding import Feed, Newest, Rows
+from trtllm_core.host_threads import few_threads
 from trtllm_core.kv_cache.cache import KVCache
 from trtllm_core.padding import PaddedRuns
 from trtllm_core.plugin import Plugins
@@ -143,7 +144,8 @@ class StepLoop:
         self.cache.commit(rows.slots, rows.counts)
         self.cache.settle(rows.slots, rows.counts)
         self.steps += 1
-        self._newest = self._ask(rows, logits) if rows.asking.any() else None
+        with few_threads(self.session.engine.own_threads, logits.numel()):
+            self._newest = self._ask(rows, logits) if rows.asking.any() else None
         return self._newest
 
     @torch.inference_mode()

@@ -111,6 +111,8 @@ class Executable(ABC):
     capabilities: Capabilities
     device: torch.device
     tensors: tuple[TensorSpec, ...]
+    own_threads: bool = False
+    """Whether it computes on the host, and not on PyTorch's threads: see ``trtllm_core.host_threads``."""
     debugging: bool = False
     """Set by a session in debug mode: runs keep what ``debug_tensors`` gives, and are not replayed from graphs."""
 

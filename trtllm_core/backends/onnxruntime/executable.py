@@ -21,6 +21,8 @@ ENTRIES_STEP = 64
 class OnnxRuntimeExecutable(LinearExecutable):
     """Runs a graph of the padded, linear contract over caches in place: past and present are one buffer."""
 
+    own_threads = True
+
     def __init__(
         self,
         config: EngineConfig,
