@@ -155,7 +155,7 @@ def test_what_the_kv_cache_can_do(load: Load) -> None:
         found = load(changes.pop("options", None), **changes).engine.capabilities
         return set(found.kv), found.attention_window
 
-    everything = {"window", "positions", "moves", "attention_scores"}
+    everything = {"window", "positions", "moves", "attention_scores", "host"}
     assert offered() == (everything, None)
     assert offered(options={"batch_invariant": True}) == (everything - {"attention_scores"}, None)
     window = {"architectures": ["MistralForCausalLM"], "sliding_window": 37}
