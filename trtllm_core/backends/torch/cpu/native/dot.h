@@ -57,7 +57,8 @@ inline void dot(const Packed& weight, const uint8_t* record, const float* x, con
         const Integers word = read<Integers>(record + p * LANES * WORD);
 #pragma GCC unroll 8
         for (int c = 0; c < CODES; ++c) {
-          const Floats code = BITS == 8 ? whole_code(word, 8 * c, middle) : half_code(word, c % 4 * 8 + c / 4 * 4, middle);
+          const Floats code =
+              BITS == 8 ? whole_code(word, 8 * c, middle) : half_code(word, c % 4 * 8 + c / 4 * 4, middle);
           for (int row = 0; row < ROWS; ++row) sum[row][p][c % 2] += code * x[row * weight.in + i + c];
         }
       }

@@ -120,7 +120,9 @@ void linear_part(const Product& product, int64_t first_row, int64_t rows, int64_
     const int64_t first = tile * TILE, features = std::min(TILE, weight.out - first);
     for (int64_t row = 0, count; row < rows; row += count) {
       count = rows - row >= MOST_ROWS ? MOST_ROWS : rows - row >= SOME_ROWS ? SOME_ROWS : 1;
-      const Dot dot = count == 1 ? dot_for<1>(weight) : count == SOME_ROWS ? dot_for<SOME_ROWS>(weight) : dot_for<MOST_ROWS>(weight);
+      const Dot dot = count == 1           ? dot_for<1>(weight)
+                      : count == SOME_ROWS ? dot_for<SOME_ROWS>(weight)
+                                           : dot_for<MOST_ROWS>(weight);
       Wide totals[MOST_ROWS] = {};
       dot(product, record, x, row, totals);
       for (int64_t r = 0; r < count; ++r) put<T>(product, totals[r], first_row + row + r, first, features);
