@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,15 +82,66 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loa
         compiling.library.cache_clear()
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "told",
+    ["kernels.cpp:1: error: no", "In file included from kernels.cpp:1:\ntiles.h:1: error: no\ntiles.h:2: error: more"],
+)
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str) -> None:
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "kernels.cpp:1: error: no" >&2\nexit 1\n')
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "{told}" >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     compiling.library.cache_clear()
     try:
-        with pytest.raises(EngineUnsupportedError, match=r"cannot compile the kernels: kernels\.cpp:1: error: no"):
+        with pytest.raises(EngineUnsupportedError, match=r"cannot compile the kernels: \w+\.\w+:1: error: no$"):
             Kernels(torch.float32, tmp_path / "cache")
         assert list((tmp_path / "cache").iterdir()) == [], "nothing half made stays"
     finally:
         compiling.library.cache_clear()
+
+
+@pytest.mark.parametrize("program", ["no program", "#!/bin/sh\nexec sleep 60\n"], ids=["broken", "hung"])
+def test_a_compiler_that_does_not_tell_its_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(program)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(compiling, "TIMEOUT", 0.2)
+    with pytest.raises(EngineUnsupportedError, match="the kernels cannot be compiled or loaded"):
+        compiling.library(tmp_path / "cache")
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = compiling._compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    sources, folder = tmp_path / "native", tmp_path / "cache"
+    sources.mkdir()
+    folder.mkdir()
+    (sources / "kernels.cpp").write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(compiling, "SOURCES", sources)
+    monkeypatch.setattr(compiling, "SOURCE", sources / "kernels.cpp")
+    monkeypatch.setattr(compiling, "FLAGS", ("-fPIC", "-shared"))
+    path = folder / f"kernels-{compiling._key(compiler)}.so"
+    path.write_bytes(b"half of a library")
+    assert compiling.library(folder).seven() == 7
+    assert list(folder.iterdir()) == [path]
+
+
+def test_two_who_compile_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Threads, or containers with the same process number, over one folder."""
+    both = threading.Barrier(2, timeout=10)
+
+    def compiled(command: list[str], **_: object) -> None:
+        Path(command[-1]).write_text(command[-1])
+        both.wait()
+        assert Path(command[-1]).read_text() == command[-1]
+        both.wait()
+
+    monkeypatch.setattr(subprocess, "run", compiled)
+    path = tmp_path / "kernels.so"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: compiling._compile("c++", path), range(2)))
+    assert list(tmp_path.iterdir()) == [path]

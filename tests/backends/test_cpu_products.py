@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu import compiling
 from trtllm_core.backends.torch.cpu.kernels import Kernels
-from trtllm_core.backends.torch.cpu.packed import PackedWeight
+from trtllm_core.backends.torch.cpu.packed import PackedWeight, huge
 from trtllm_core.backends.torch.cpu.product import PackedProduct, rounded
 from trtllm_core.config import QuantizedLayer
 from trtllm_core.errors import EngineUnsupportedError
@@ -99,6 +100,16 @@ def test_a_row_is_the_same_in_any_company(kernels: Kernels) -> None:
         if rounds:  # integers and one order of blocks: to the bit
             alone = torch.cat([product(row, x, None) for row in x.split(1)])
             assert torch.equal(product(x, x, None), alone)
+
+
+def test_large_pages_are_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Without(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Without)
+    x = torch.arange(5)
+    assert torch.equal(huge(x), x)
 
 
 def test_who_cannot_round(load: Callable[..., Session]) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -38,28 +39,37 @@ def library(folder: Path) -> ctypes.CDLL:
     compiler = _compiler()
     if compiler is None:
         raise EngineUnsupportedError("there is no C++ compiler; install one, or set CXX to its path")
-    path = folder / f"kernels-{_key(compiler)}.so"
     try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _loaded(compiler, folder / f"kernels-{_key(compiler)}.so")
     except subprocess.CalledProcessError as error:
         told = error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"]
-        raise EngineUnsupportedError(f"{compiler} cannot compile the kernels: {told[0]}") from error
+        why = next((line for line in told if "error" in line), told[0])  # the first may say where a header is included
+        raise EngineUnsupportedError(f"{compiler} cannot compile the kernels: {why}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineUnsupportedError(f"the kernels cannot be compiled or loaded: {error}") from error
+
+
+def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
+    """What is there but cannot be loaded is compiled once more."""
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            _log.warning("the kernels are compiled again: %s", error)
+            path.unlink(missing_ok=True)
+    _compile(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, path: Path) -> None:
     """Others may compile at the same time: whoever is last replaces the file with an equal one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(part)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    # A folder, since a linker keeps the permissions of a file that is there, and temporary ones are for one user alone.
+    with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(part)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     _log.info("compiled %s", path)
 
 
@@ -75,7 +85,8 @@ def _key(compiler: str) -> str:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT).stdout
+    command = [compiler, "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     parts = (*sources, " ".join(FLAGS), version, platform.machine(), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

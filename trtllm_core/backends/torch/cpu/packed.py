@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -87,6 +88,7 @@ def huge(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in memory of its own, in large pages where the system gives them: less to look up for who reads it all."""
     memory = mmap.mmap(-1, max(tensor.nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a hint: some kernels are built without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     copy: torch.Tensor = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
     return copy.copy_(tensor)
