@@ -14,7 +14,7 @@ import torch
 
 from trtllm_core.backends.torch.kernels import widened_linear
 from trtllm_core.backends.torch.pool import KVPool
-from trtllm_core.backends.torch.watching import watch_layers
+from trtllm_core.backends.torch.watching import LayerWatch
 from trtllm_core.config import BuildConfig
 from trtllm_core.engine.build import build_engine
 from trtllm_core.errors import BackendError, ConfigError, EngineUnsupportedError
@@ -266,7 +266,9 @@ def test_what_is_watched_stays_when_the_next_layer_writes_over_it() -> None:
                 x = layer(x)
             return x
 
-    chain, found = Chain(), {}
-    watch_layers(chain, found)
+    chain = Chain()
+    watch = LayerWatch(chain)
     chain(torch.ones(1))
-    assert {name: value.item() for name, value in found.items()} == {"layers.0": 2, "layers.1": 4}
+    assert {name: value.item() for name, value in watch.found.items()} == {"layers.0": 2, "layers.1": 4}
+    watch.end()
+    assert not any("forward" in vars(layer) for layer in chain.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from trtllm_core.backends.torch.cache_folder import cache_folder
 from trtllm_core.backends.torch.cpu.kernels import Kernels
 from trtllm_core.backends.torch.cpu.operations import Product
+from trtllm_core.backends.torch.cpu.packed import PackedWeight
 from trtllm_core.backends.torch.cpu.program import NotRecordableError, Watch
 from trtllm_core.backends.torch.cpu.rounding import measure_rounding
-from trtllm_core.backends.torch.cpu.steps import StepPrograms
-from trtllm_core.config import BuildConfig, QuantizationConfig, SamplingConfig
+from trtllm_core.backends.torch.cpu.steps import DecodeProgram, StepPrograms
+from trtllm_core.config import BuildConfig, QuantizationConfig, QuantizedLayer, SamplingConfig
 from trtllm_core.engine.build import build_engine
 from trtllm_core.errors import EngineUnsupportedError
 from trtllm_core.plugin import Plugins
+from trtllm_core.quantize import quantize
 from trtllm_core.runner import ModelRunner
 
 PROMPTS = [[1, 5, 9, 33], [7, 60], [3, 2, 1, 4, 8, 6, 21, 22, 23, 24, 25]]
@@ -153,4 +156,65 @@ def test_what_others_read_is_computed(plugins: Plugins) -> None:
         outer = kernels.rms_norm(inner, weight, 1e-5)
         with pytest.raises(NotRecordableError, match="aten::add"):
             outer + 1
-    assert len(program) == 0
+    assert len(program) == 1  # the inner norm, which the outer one reads
+
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+VIEWS: dict[str, Callable[[Norm, torch.Tensor], torch.Tensor]] = {
+    "a norm of a norm": lambda norm, x: norm(norm(x)),
+    "the first half of a norm": lambda norm, x: norm(x)[:, :32],
+    "the second half of a norm": lambda norm, x: norm(x)[:, 32:],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_read_in_part_is_computed(view: str) -> None:
+    """A product takes over a norm of its own rows alone, and what the norm reads was computed before."""
+    try:
+        kernels = Kernels(torch.float32, cache_folder())
+    except EngineUnsupportedError as error:
+        pytest.skip(str(error))
+    x, gain = torch.randn(1, 64), torch.randn(64)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return kernels.rms_norm(x, gain, 1e-5)
+
+    inputs = VIEWS[view](norm, x).shape[-1]
+    how = QuantizedLayer(bits=8, group_size=32, form="symmetric")
+    packed = PackedWeight(quantize(torch.randn(16, inputs), how), 1 << 20)
+    with kernels.record() as program, Watch():
+        found = kernels.linear(packed.whole, VIEWS[view](norm, x))
+    assert len(program) == 2
+    program.run()
+    torch.testing.assert_close(found, kernels.linear(packed.whole, VIEWS[view](norm, x)))
+
+
+def test_programs_are_recorded_after_debugging(engine: Path, plugins: Plugins) -> None:
+    one = runner(engine, plugins)
+    wanted = generate(one, PROMPTS[:1]).tolist()
+    one.session.engine.debugging = True
+    assert generate(one, PROMPTS[:2])[0].tolist() == wanted[0]
+    assert {"hidden", "layers.0", "layers.1"} <= one.session.engine.debug_tensors().keys()
+    one.session.engine.debugging = False
+    generate(one, PROMPTS[:2])
+    assert one.session.engine.debug_tensors() == {}
+    assert programs(one).refused is None
+    assert set(programs(one).programs) == {1, 2}
+
+
+def test_programs_that_there_are_run_whatever_was_refused(
+    engine: Path, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, run, runs = runner(engine, plugins), DecodeProgram.run, []
+    wanted = generate(one, PROMPTS[:1]).tolist()
+
+    def counted(self: DecodeProgram, *args: Any) -> None:
+        runs.append(self)
+        run(self, *args)
+
+    monkeypatch.setattr(DecodeProgram, "run", counted)
+    programs(one).refused = "aten::clone"
+    assert generate(one, PROMPTS[:1]).tolist() == wanted
+    assert len(runs) == 11
+    generate(one, PROMPTS[:2])
+    assert set(programs(one).programs) == {1}

@@ -23,7 +23,7 @@ from trtllm_core.backends.torch.invariant import InvariantContext
 from trtllm_core.backends.torch.lora import LoraBank
 from trtllm_core.backends.torch.plain import PlainContext
 from trtllm_core.backends.torch.pool import KVPool
-from trtllm_core.backends.torch.watching import watch_layers
+from trtllm_core.backends.torch.watching import LayerWatch
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import BackendError
 from trtllm_core.nn import Attention, VocabParallelEmbedding
@@ -124,7 +124,7 @@ class TorchExecutable(Executable):
         self._pool: KVPool | None = None
         self._graphs: StepGraphs | StepPrograms | None = None
         self._fused_from = 0  # tokens of a call without a graph
-        self._kept: dict[str, torch.Tensor] | None = None
+        self._watch: LayerWatch | None = None
         self._switch = switch or Switch()
         self._parallel = parallel or TensorParallel()
 
@@ -191,15 +191,17 @@ class TorchExecutable(Executable):
         pool = self._require_pool()
         states = outputs.get("hidden_states")
         self._virtual = None
+        if self._watch is not None and not self.debugging:
+            self._watch.end()  # before a graph or a program is made of the copies too
+            self._watch = None
         graphs = None if self._graphs is None or self.debugging or states is not None else self._graphs.find(inputs)
         if graphs is not None:
             if self._lora is not None:
                 self._lora.begin(None, host(inputs["query_lengths"]))
             graphs.run(inputs, outputs["logits"])
             return
-        if self.debugging and self._kept is None:
-            self._kept = {}
-            watch_layers(self.module, self._kept)
+        if self.debugging and self._watch is None:
+            self._watch = LayerWatch(self.module)
         batch = PackedBatch(inputs, pool.plan, self.device)
         positions = inputs["position_ids"].to(self.device, non_blocking=True)
         context = self._context(batch, pool, positions)
@@ -210,8 +212,8 @@ class TorchExecutable(Executable):
             self._virtual = self._virtual_of(inputs)
         with self._attentions(), self._kernels(inputs["input_ids"].shape[0]):
             hidden = self.module(inputs["input_ids"].to(self.device, non_blocking=True), context)
-        if self._kept is not None:
-            self._kept["hidden"] = hidden
+        if self._watch is not None:
+            self._watch.found["hidden"] = hidden
         if isinstance(context, PlainContext):
             self._scores = context.scores
         if states is not None:
@@ -233,7 +235,7 @@ class TorchExecutable(Executable):
 
     def debug_tensors(self) -> Mapping[str, torch.Tensor]:
         """See ``Executable``: ``hidden [tokens, hidden_size]`` and what each layer gave, ``layers.{i}``."""
-        return self._kept or {}
+        return {} if self._watch is None else self._watch.found
 
     def weight_bytes(self) -> int:
         """See ``Executable``."""

@@ -8,12 +8,25 @@ import torch
 from torch import nn
 
 
-def watch_layers(module: nn.Module, found: dict[str, torch.Tensor]) -> None:
-    """From now on, ``found`` has what each member of the module's lists of layers gave last, by its name."""
-    for name, layers in module.named_modules():
-        if isinstance(layers, nn.ModuleList):
-            for index, layer in enumerate(layers):
-                layer.forward = _kept(layer.forward, f"{name}.{index}", found)
+class LayerWatch:
+    """Until it ends, ``found`` has what each member of the module's lists of layers gave last, by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+        self._before: list[tuple[Any, Any]] = []
+        for name, layers in module.named_modules():
+            if isinstance(layers, nn.ModuleList):
+                for index, layer in enumerate(layers):
+                    self._before.append((layer, vars(layer).get("forward")))
+                    layer.forward = _kept(layer.forward, f"{name}.{index}", self.found)
+
+    def end(self) -> None:
+        """The layers are as they were."""
+        for layer, forward in reversed(self._before):  # a layer may be in two lists
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _kept(forward: Any, name: str, found: dict[str, torch.Tensor]) -> Any:

@@ -169,7 +169,7 @@ class Kernels:
         if self._program is None:
             self._do(function, arguments, x.numel(), (), ())
         else:
-            self._program.defer(function, arguments, out, tensors)
+            self._program.defer(function, arguments, _storages((x,)), out, tensors)
 
     def _do(
         self,
@@ -180,7 +180,12 @@ class Kernels:
         tensors: Sequence[Any],
     ) -> None:
         if self._program is not None:
-            self._program.append(function, arguments, [one.data_ptr() for one in read], tensors)
+            self._program.append(function, arguments, _storages(read), tensors)
             return
         operation = Operation(function, ctypes.addressof(arguments))
         self._run(ctypes.addressof(operation), 1, torch.get_num_threads() if work >= SHARE_FROM else 1)
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """What the tensors lie in, by address."""
+    return [one.untyped_storage().data_ptr() for one in tensors]

@@ -22,7 +22,8 @@ class Program:
     """Operations in the order in which they were recorded. Nothing runs while they are.
 
     Every operation has an output of its own, so that no two write the same memory, and a norm or a gate whose only
-    readers are products may be computed by each of them, at any later place.
+    readers are products may be computed by each of them, at any later place. What is read is told by the address of its
+    storage, since it may be a view: of an output, that is where the output begins.
 
     Args:
         run: the library's, over an array of operations.
@@ -43,25 +44,30 @@ class Program:
 
         Args:
             function: its address.
-            reads: addresses that it reads as they are.
+            reads: storages that it reads as they are.
             tensors: what its addresses point into; kept as long as the program.
         """
-        for address in reads:
-            deferred = self._deferred.pop(address, None)
-            if deferred is not None:
-                self._add(*deferred)
+        self._flush(reads)
         self._add(function, arguments)
         self._kept += tensors
 
-    def defer(self, function: int, arguments: ctypes.Structure, out: torch.Tensor, tensors: Sequence[Any]) -> None:
-        """Record an operation that runs only where something else than a product reads ``out``."""
+    def defer(
+        self,
+        function: int,
+        arguments: ctypes.Structure,
+        reads: Sequence[int],
+        out: torch.Tensor,
+        tensors: Sequence[Any],
+    ) -> None:
+        """Record an operation that runs only where something else than a product of all of ``out`` reads it."""
+        self._flush(reads)
         self._deferred[out.data_ptr()] = function, arguments
         self._kept += (out, *tensors)
 
     def fuse(self, product: Product) -> None:
-        """Let a product compute its input itself, if that was deferred."""
+        """Let a product compute its input itself, if that was deferred and is the whole of it, row by row."""
         _, found = self._deferred.get(product.x, (0, None))
-        if found is None:
+        if found is None or (found.rows, found.size) != (product.rows, product.weight.inputs):
             return
         product.x = found.x
         if isinstance(found, Norm):
@@ -74,6 +80,13 @@ class Program:
         if self._array is None:
             self._array = (Operation * len(self._operations))(*self._operations)
         self._run_all(self._array, len(self._operations), torch.get_num_threads())
+
+    def _flush(self, reads: Sequence[int]) -> None:
+        """What was deferred is computed after all, before it is read."""
+        for storage in reads:
+            deferred = self._deferred.pop(storage, None)
+            if deferred is not None:
+                self._add(*deferred)
 
     def _add(self, function: int, arguments: ctypes.Structure) -> None:
         self._operations.append(Operation(function, ctypes.addressof(arguments)))

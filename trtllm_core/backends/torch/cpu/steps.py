@@ -87,9 +87,10 @@ class StepPrograms:
     def find(self, inputs: Mapping[str, torch.Tensor]) -> DecodeProgram | None:
         """The program that runs a call; None: it takes the eager road."""
         count = inputs["query_lengths"].shape[0]
-        if self.refused is not None or count > DIRECT_UP_TO or not is_decode(inputs):
+        known = self.programs.get(count)
+        if (known is None and self.refused is not None) or count > DIRECT_UP_TO or not is_decode(inputs):
             return None
-        return self.programs.get(count) or self._recorded(count)
+        return known or self._recorded(count)
 
     def _recorded(self, count: int) -> DecodeProgram | None:
         try:
