@@ -103,6 +103,9 @@ class IdleLoop:
     def launch(self, slots: Any, counts: Any) -> bool:
         return not self._free
 
+    def forget(self) -> None:
+        """There is nothing."""
+
     def land(self, full: bool) -> list[Delta]:
         return self.end(self._lives[0], "length") if full else []
 

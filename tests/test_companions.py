@@ -272,15 +272,15 @@ def contrastive(runner: ModelRunner, prompt: Sequence[int], count: int, top_k: i
     return tuple(text[len(prompt) :])
 
 
-@pytest.mark.parametrize("cache", [None, KVCacheConfig(max_tokens=216, options={"admission": "optimistic"})])
+@pytest.mark.parametrize("cache", [None, KVCacheConfig(max_tokens=232, options={"admission": "optimistic"})])
 def test_a_contrastive_search_is_guided(cache):
     """Beside requests of other kinds, and where its candidates find no room."""
     runner = made(cache, BUILD.replace(max_batch_size=12, max_beam_width=4, max_num_tokens=60))
     ask = ASK.replace(logits_processors=use("guide"), decoder=use("contrastive_search", top_k=3, penalty_alpha=0.5))
-    given = [[5, 6, 7, 1, 2], [4], [9, 8, 7], [11, 12]]
-    outputs = runner.generate(given, [ask, ASK, ASK.replace(logits_processors=use("guide")), ask])["outputs"]
-    due = [contrastive(runner, given[i], 12, 3, 0.5) for i in (0, 3)]
-    assert [outputs[i].tokens for i in (0, 3)] == due
+    given = [[5, 6, 7, 1, 2], [4], [9, 8, 7], [11, 12], [3] * 9]
+    outputs = runner.generate(given, [ask, ASK, ASK.replace(logits_processors=use("guide")), ask, ask])["outputs"]
+    due = [contrastive(runner, given[i], 12, 3, 0.5) for i in (0, 3, 4)]
+    assert [outputs[i].tokens for i in (0, 3, 4)] == due
     assert due[0] != greedy(runner, given[0])
     assert outputs[2].tokens == greedy(runner, given[2])
     assert (sum(one.preemptions for one in outputs) > 0) is (cache is not None)

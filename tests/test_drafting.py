@@ -174,3 +174,19 @@ def test_shapes_that_do_not_fit_are_refused():
         accept_likely_drafts(logits, drafts, draft_logits[:, 1:], positions=torch.arange(5))
     with pytest.raises(ConfigError, match="and 2 seeds do not fit"):
         accept_likely_drafts(logits, drafts, draft_logits, positions=torch.arange(5), seeds=[1, 2])
+    with pytest.raises(ConfigError, match="2 thresholds do not fit to 5 rows"):
+        accept_likely_drafts(
+            logits, drafts, draft_logits, positions=torch.arange(5), threshold=torch.tensor([0.1, 0.2])
+        )
+
+
+def test_what_stands_behind_the_counts_may_be_anything():
+    logits, drafts, draft_logits = case(3)
+    counts, behind = torch.tensor(COUNTS), torch.arange(MOST) >= torch.tensor(COUNTS).unsqueeze(1)
+    wanted = accept_likely_drafts(logits, drafts, draft_logits, counts, positions=torch.arange(5))
+    for padding in (-1, -100, VOCAB, 10**6):
+        padded = drafts.masked_fill(behind, padding)
+        tokens, sizes = accept_likely_drafts(logits, padded, draft_logits, counts, positions=torch.arange(5))
+        assert torch.equal(sizes, wanted[1])
+        for row, size in enumerate(sizes.tolist()):
+            assert tokens[row, :size].tolist() == wanted[0][row, :size].tolist()

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trtllm_core import GenerationSession, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, Session
+from trtllm_core import GenerationSession, KVCacheConfig, ModelRunner, Plugins, SamplingConfig, Session, use
 from trtllm_core.config import BuildConfig
+from trtllm_core.decoding.planned import LastPlan
 from trtllm_core.errors import CapacityError, ConfigError, PluginContractError
 from trtllm_core.plugin import HostStoppingCriterion
 from trtllm_core.plugin.kv_policy import Edits, Move
@@ -329,3 +330,7 @@ def test_requests_with_the_same_wishes_are_planned_once(plugins):
     assert (first.asked["max_new_tokens"], longer.asked["max_new_tokens"], longer.asked["random_seed"]) == (7, 9, 4)
     assert planner.plan(wish.replace(max_new_tokens=9)).asked.keys() == {"top_k", "top_p", "max_new_tokens"}
     assert planner.plan(wish.replace(max_new_tokens=9, top_p=0.8)).asked["top_p"] == 0.8
+    tensors = [wish.replace(stopping_criteria=use("max_tokens", t=torch.zeros(3))) for _ in range(2)]
+    last = LastPlan()
+    last.keep(tensors[0], plan)
+    assert last.of(tensors[1]) is None, "they do not say whether they are equal"

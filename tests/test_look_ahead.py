@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_core import BuildConfig, ModelRunner, Plugins, SamplingConfig, use
+from trtllm_core import BuildConfig, Executor, ModelRunner, Plugins, SamplingConfig, use
 from trtllm_core.plugin import (
     DeviceLogitsProcessor,
     HostLogitsProcessor,
@@ -80,9 +80,13 @@ class Wrong(Sampler):
 
 
 class Odd:
-    """It, as a plugin."""
+    """They, as a plugin."""
 
-    hook_api = "decoder>=1.0,<2"
+    hook_api = ("decoder>=1.0,<2", "logits_processor>=1.0,<2")
+
+    @hookimpl
+    def trtllm_register_logits_processors(self, registrar: Any) -> None:
+        registrar.add("lowers", Lowers)
 
     @hookimpl
     def trtllm_register_decoders(self, registrar: Any) -> None:
@@ -185,3 +189,56 @@ def test_streams_tell_the_same_in_the_same_order(runners: tuple[ModelRunner, Mod
     here, there = ([(d.request_id, d.tokens) for d in one.generate(PROMPTS, DRAWS, streaming=True)] for one in runners)
     assert there == here
     assert all(a != b for a, b in pairwise(there))
+
+
+def successors() -> torch.Tensor:
+    """Logits after which each token is followed by the next one."""
+    return torch.full((97, 97), -5.0).index_put_((torch.arange(97), (torch.arange(97) + 1) % 97), torch.tensor(5.0))
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        BASE.replace(output_log_probs=True),
+        BASE.replace(num_beams=2),
+        BASE.replace(decoder="ngram"),
+        BASE.replace(logits_processors=use("lowers")),
+    ],
+    ids=["log_probs", "beams", "drafts", "host"],
+)
+def test_who_needs_the_host_arrives_while_others_are_in_flight(late: SamplingConfig) -> None:
+    """A row ends while a step with it is under way, and its slot goes to a request that waits for each step."""
+    prompts, ends = [[5], [20], [30], [40], [50]], BASE.replace(end_id=(12,))
+    configs = [ends, BASE, BASE, BASE, late]
+    told, stats = [], []
+    for look_ahead in (False, True):
+        build = BuildConfig(max_batch_size=2, max_beam_width=2, max_seq_len=128, max_input_len=127)
+        engine, plugins = MarkovExecutable(build=build, table=successors()), Plugins.load(extra=[Odd()])
+        with Executor(ModelRunner.from_engine(engine, plugins=plugins, look_ahead=look_ahead)) as executor:
+            handles = [executor.submit(prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
+            told.append([handle.result(60)[0].tokens for handle in handles])
+        stats = executor.get_latest_iteration_stats()
+        assert sum(one.new_requests for one in stats) == len(prompts)
+        assert sum(one.completed_requests for one in stats) == len(prompts)
+    assert told[1] == told[0]
+    assert told[0][0] == (6, 7, 8, 9, 10, 11, 12)
+
+
+def test_a_failed_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine raises while a step is under way: the session goes on with the next request as if new."""
+    one = runner(True)
+    due = one.generate([[11]], BASE)["outputs"][0].tokens
+    execute, calls = one.session.engine.execute, []
+
+    def fails(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise OSError("as planned")
+        execute(*args)
+
+    monkeypatch.setattr(one.session.engine, "execute", fails)
+    with pytest.raises(OSError, match="as planned"):
+        one.generate([[5], [6]], BASE)
+    assert_nothing_is_lost(one)
+    (again,) = one.generate([[11]], BASE)["outputs"]
+    assert again.tokens == due

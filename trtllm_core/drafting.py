@@ -70,6 +70,8 @@ def accept_likely_drafts(
     rows, k = drafts.shape
     each = [seeds] * rows if isinstance(seeds, int) else list(seeds)
     shapes = draft_logits.shape == (rows, k, logits.shape[2]) and positions.shape == (rows,) and len(each) == rows
+    if threshold is not None and torch.as_tensor(threshold).numel() not in (1, rows):
+        raise ConfigError(f"{torch.as_tensor(threshold).numel()} thresholds do not fit to {rows} rows")
     if not shapes:
         raise ConfigError(
             f"draft_logits {list(draft_logits.shape)}, positions {list(positions.shape)} and {len(each)} seeds do not "

@@ -165,12 +165,18 @@ class StepLoop:
                 table, slots = table[here], list(compress(slots, here))
             branches.slots.ahead[slots] -= 1
         verdict = branches.rules.conclude(chosen.asked, table, slots)
-        outcome = branches.settle(replace(chosen.choice, slots=slots), verdict, chosen.scores)
+        # Who wants log-probabilities keeps steps from looking ahead: of such a step nobody asked for any.
+        scores = chosen.scores if flight.ahead is None and branches.wants_log_probs else None
+        outcome = branches.choosers.settle(replace(chosen.choice, slots=slots), verdict, scores, branches.owners)
         deltas = commit(branches, self.cache, outcome, flight.failures, flight.ahead)
         if flight.drafts is not None:
             self._take_back(np.array(flight.slots), flight.drafts)
         self._release()
         return deltas
+
+    def forget(self) -> None:
+        """Steps that have not landed bring nothing to anybody any more: all that they ran have ended."""
+        self._newest = None
 
     @torch.inference_mode()
     def end(self, live: LiveRequest, reason: str) -> list[Delta]:

@@ -97,7 +97,7 @@ def test_choices_of_kernels_are_measured_once_and_kept(tmp_path: Path, monkeypat
         product: Product, weights: list[torch.Tensor], bias: torch.Tensor | None, rows: int
     ) -> list[int] | None:
         calls.append(product)
-        return None if product.gated else [2, 1024, 4]
+        return None if product.gated else [2, 1024, 4, 1]
 
     monkeypatch.setattr(tuning, "measured", measured)
     monkeypatch.setattr(
@@ -115,9 +115,13 @@ def test_choices_of_kernels_are_measured_once_and_kept(tmp_path: Path, monkeypat
     assert second.choose(Product(), [large], None) == Tiling(2, 1024, 4)
     assert second.choose(Product(gated=True, activation="silu"), [large], None) is None
     assert len(calls) == 2
-    path.write_text("{")
-    Tunings(path).choose(Product(), [large], None)
-    assert len(calls) == 3
+    for number, damaged in enumerate(("{", "[]", "null", json.dumps({key: [3] for key in first._known})), 3):
+        path.write_text(damaged)
+        again = Tunings(path)
+        again.choose(Product(), [large], None)
+        assert len(calls) == number, "what cannot be read is measured again"
+    again.save()
+    assert json.loads(path.read_text()) == again._known
     assert len(json.loads(json.dumps(first._known))) == 2
 
 

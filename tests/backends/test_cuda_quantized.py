@@ -161,6 +161,14 @@ def test_rows_are_rounded(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_numbers_that_are_none_are_not_hidden(device: str) -> None:
+    x = torch.randn(3, 100, device=device)
+    x[1, 40] = torch.nan
+    numbers, scales = rounded_rows(x)
+    assert (numbers.float() * scales.view(-1, 1)).isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "e4m3"])
 def test_codes_become_numbers(form: str, device: str) -> None:
     weight = made(form, 22)

@@ -150,5 +150,6 @@ def test_the_profiler_adds_up(caplog):
 def test_quant_mode():
     assert not QuantMode(0).has_any_quant()
     assert QuantMode.INT8_WEIGHTS.has_any_quant()
-    assert not QuantMode.INT8_KV_CACHE.has_any_quant()
+    assert QuantMode.INT8_KV_CACHE.has_any_quant()
+    assert not QuantMode.INT8_KV_CACHE.has_any_quant(exclude_kv_cache=True)
     assert QuantMode.FP8_KV_CACHE.has_kv_cache_quant()

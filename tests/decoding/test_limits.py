@@ -80,7 +80,8 @@ def test_a_session_takes_a_clock_of_the_tests():
 
 def test_the_clock_is_that_of_the_first_rank():
     engine = MarkovExecutable()
-    engine.broadcast = lambda value: 7.0  # what another rank would say, whatever this one's clock shows
+    # What another rank would say, whatever this one's clock shows; seeds are told as well.
+    engine.broadcast = lambda value: 7.0 if isinstance(value, float) else value
     with GenerationSession(None, Session.from_engine(engine), clock=Clock(step=1e9)) as session:
         assert session.loop.branches.slots.context.clock() == 7.0
         output = session.decode_batch([[5]], CONFIG.replace(max_time=0.5))["outputs"][0]

@@ -132,6 +132,9 @@ class PaperLoop:
                 asked.append(self.lives[slot])
         return asked
 
+    def forget(self) -> None:
+        pass
+
     def land(self, flight: list[LiveRequest]) -> list[Delta]:
         deltas = []
         for live in flight:

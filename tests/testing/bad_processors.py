@@ -193,6 +193,10 @@ class FrozenInAGraph(Counting):
         self.steps += 1
 
 
+class ForksOneByOne(breaks.ForksOneByOne, Counting):
+    """With a name that a package can give to its registrar."""
+
+
 class RaisesItsOwn(breaks.loose(Counting)):
     """It refuses, but not by an error that is told as the user's."""
 

@@ -20,10 +20,10 @@ class QuantMode(IntFlag):
     FP8_KV_CACHE = auto()
     FP8_QDQ = auto()
 
-    def has_any_quant(self) -> bool:
-        """Whether weights or activations are quantised."""
+    def has_any_quant(self, exclude_kv_cache: bool = False) -> bool:
+        """Whether anything is quantised; ``exclude_kv_cache``: beside the KV cache."""
         kv = QuantMode.INT8_KV_CACHE | QuantMode.FP8_KV_CACHE
-        return bool(self & ~kv)
+        return bool(self & ~kv if exclude_kv_cache else self)
 
     def has_kv_cache_quant(self) -> bool:
         """Whether the KV cache is."""

@@ -58,9 +58,11 @@ def admit(table: BranchTable, request: Request, cache: KVCache, plan: Plan | Non
 
 def put_off(table: BranchTable, live: LiveRequest, cache: KVCache) -> None:
     """See ``StepLoop.preempt``."""
+    slots = np.array(table.slots_of(live))
+    assert (table.slots.ahead[slots] < 2).all(), "two steps are under way: land the first"
     live.put_off = True
     live.preemptions += 1
-    cache.release(np.array(table.slots_of(live)), keep=True)
+    cache.release(slots, keep=True)
 
 
 def take_up(table: BranchTable, live: LiveRequest, cache: KVCache) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from trtllm_core.config import EngineConfig
-from trtllm_core.decoding.choice import Choice, Outcome
 from trtllm_core.decoding.choosing import Choosers
 from trtllm_core.decoding.companion_prompts import check_prompts
 from trtllm_core.decoding.companions import Companions
@@ -25,7 +24,7 @@ from trtllm_core.decoding.positions import Drafts
 from trtllm_core.decoding.request import Request
 from trtllm_core.decoding.slots import Slots
 from trtllm_core.decoding.stages import Stages
-from trtllm_core.decoding.stopping import StoppingRules, Verdict
+from trtllm_core.decoding.stopping import StoppingRules
 from trtllm_core.errors import ConfigError
 
 
@@ -120,10 +119,6 @@ class BranchTable:
     def slots_of(self, live: LiveRequest) -> list[int]:
         """The slots that a request still has, those of its companions included."""
         return [slot for slot in (*live.slots, *live.companions) if self.owners.get(slot) is live]
-
-    def settle(self, choice: Choice, verdict: Verdict, scores: torch.Tensor) -> Outcome:
-        """See ``Choosers.settle``."""
-        return self.choosers.settle(choice, verdict, scores if self.wants_log_probs else None, self.owners)
 
     def take_left(self) -> list[int]:
         """Slots whose branches or requests ended since the last call, and that are not released yet."""

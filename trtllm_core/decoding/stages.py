@@ -232,6 +232,7 @@ class Stages(Generic[P]):
         spent: list[dict[str, float]] = []
         left: dict[Stage[P], list[int]] = {}
         for slot in slots:
+            self.failures.pop(slot, None)  # nobody is left to be told
             seconds: dict[str, float] = {}
             for stage in self._of.pop(slot, []):
                 seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.end(slot)

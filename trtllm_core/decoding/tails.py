@@ -69,6 +69,8 @@ class Tails:
             self._captured[key] = self._capture(logits, at)
             if len(self._captured) > MOST:
                 self._captured.popitem(last=False)
+        else:
+            self._alike = 0
         self._captured.move_to_end(key)
         captured = self._captured[key]
         if captured is None:

@@ -106,7 +106,7 @@ def verified(
         int64 ``[rows, k + 1]`` tokens, and int64 ``[rows]`` how many of them count: 1..k + 1.
     """
     row, place = torch.arange(len(p), device=p.device), torch.arange(drafts.shape[1], device=p.device)
-    there = row.unsqueeze(1), place, drafts
+    there = row.unsqueeze(1), place, drafts.clamp(0, p.shape[2] - 1)  # what stands behind the counts may be anything
     accepted = leading(likely(p[there], q[there], least), counts)
     here = p[row, accepted]
     if drafts.shape[1]:

@@ -65,7 +65,7 @@ class DeviceStoppingCriterion(StoppingCriterion):
 
     def matched(self, slot: int, tokens: Sequence[int]) -> Matched:
         """What matched, for the result. Asked on the host once a row has stopped; ``tokens`` is prompt and generated,
-        up to the token that stopped it."""
+        up to the token that stopped it. ``context`` may know of later ones already."""
         return None
 
 
@@ -77,7 +77,10 @@ class HostStoppingCriterion(StoppingCriterion):
         return None
 
     def check(self, state: Any, tokens: Sequence[int], new: Sequence[int]) -> Stop | None:
-        """``tokens`` is prompt and committed, ``new`` what this step chose. Pure: the state moves in ``accept``."""
+        """``tokens`` is prompt and committed, ``new`` what this step chose. Pure: the state moves in ``accept``.
+
+        On the device ``context`` may know of these and of later tokens already: they are not to be looked at.
+        """
         raise NotImplementedError
 
     def accept(self, state: Any, tokens: Sequence[int]) -> Any:

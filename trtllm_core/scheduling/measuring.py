@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trtllm_core.decoding.live import LiveRequest
 from trtllm_core.loop import StepLoop
 from trtllm_core.plugin.observer import RequestStats, StepStats
-from trtllm_core.scheduling.ticket import Ticket, Turn
+from trtllm_core.scheduling.ticket import Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,10 @@ class _Load:
     """Of prompts, and generated ones."""
     requests: tuple[int, int]
     companion_tokens: int
+    started_after: tuple[float, ...]
+    """Seconds that each waited who started for it."""
+    preemptions: int
+    """For it."""
 
 
 class Meter:
@@ -45,11 +48,20 @@ class Meter:
         self._steps: deque[_Load] = deque()  # that are under way
         self._ended = 0.0
         self.preemptions = 0
-        """Since the last step that ran."""
+        """Since the last step that was launched."""
+        self._started: list[float] = []  # seconds that each waited who has started since then
+        self._completed = 0  # who ended since the last step that landed
 
-    def admitted(self, live: LiveRequest) -> None:
-        """A request has its slots."""
-        self._prompts[list(live.slots)] = len(live.request.prompt)
+    def admitted(self, ticket: Ticket) -> None:
+        """A request has its slots, if only to fail at once."""
+        assert ticket.live is not None
+        self._prompts[list(ticket.live.slots)] = len(ticket.request.prompt)
+        if self._wanted:
+            self._started.append((ticket.started or 0.0) - ticket.arrived)
+
+    def ended(self) -> None:
+        """A request is over."""
+        self._completed += 1
 
     def begin(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """A step is going to run ``counts[i]`` tokens of ``slots[i]``. Several may be under way."""
@@ -72,18 +84,22 @@ class Meter:
                 (int(count[reading].sum()), int(count[~reading].sum())),
                 (int(reading.sum()), len({id(owners[slot]) for slot in generating})),
                 beside_tokens,
+                tuple(self._started),
+                self.preemptions,
             )
         )
+        self._started.clear()
+        self.preemptions = 0
 
     def forget(self) -> None:
         """Those that are under way bring nothing any more."""
         self._steps.clear()
 
-    def end(self, turn: Turn, waiting: int, active: int, paused: int) -> list[StepStats]:
-        """The oldest one is over, with all that ``turn`` says: its statistics, where somebody wants them."""
-        preemptions, self.preemptions = self.preemptions, 0
+    def end(self, waiting: int, active: int, paused: int) -> list[StepStats]:
+        """The oldest one is over: its statistics, where somebody wants them."""
         if not self._wanted:
             return []
+        completed, self._completed = self._completed, 0
         load, now = self._steps.popleft(), time.perf_counter()
         # A step that was launched beside the one before it begins when that is over.
         seconds, self._ended = now - max(load.started, self._ended), now
@@ -102,10 +118,10 @@ class Meter:
             paused_requests=paused,
             context_requests=load.requests[0],
             generation_requests=load.requests[1],
-            new_requests=len(turn.started),
-            new_requests_queue_seconds=sum((each.started or 0.0) - each.arrived for each in turn.started),
-            completed_requests=len(turn.ended),
-            preemptions=preemptions,
+            new_requests=len(load.started_after),
+            new_requests_queue_seconds=sum(load.started_after),
+            completed_requests=completed,
+            preemptions=load.preemptions,
             kv_blocks_total=usage.total,
             kv_blocks_cached=usage.cached,
             companion_tokens=load.companion_tokens,

@@ -145,10 +145,15 @@ class Scheduler:
         while len(self._flights) > (launched and self._loop.looks_ahead):
             self._land()
         if self._flights and not self._running:
-            self._flights.clear()  # all that it ran have ended: there is nothing to wait for
-            self._meter.forget()
+            self._forget()  # all that it ran have ended: there is nothing to wait for
         turn, self._turn = self._turn, Turn()
         return turn
+
+    def _forget(self) -> None:
+        """What is under way brings nothing to anybody any more."""
+        self._flights.clear()
+        self._loop.forget()
+        self._meter.forget()
 
     def _launch(self) -> bool:
         """Whether there was anything to run. What was launched is the last of the flights."""
@@ -170,7 +175,7 @@ class Scheduler:
             both = (*self._running, *self._off)
             for ticket in [each for each in both if each.live is not None and each.live.over]:
                 self._finish(ticket)
-        turn.stats += self._meter.end(turn, self.waiting, self.active, self.paused)
+        turn.stats += self._meter.end(self.waiting, self.active, self.paused)
 
     def close(self) -> Turn:
         """Cancel all that has not ended, whatever one of them raises, and say what happened."""
@@ -179,7 +184,7 @@ class Scheduler:
                 self.end(ticket, "cancelled")
             for ticket in [*self._running, *self._off]:
                 stack.callback(self._cancel, ticket)
-        self._flights.clear()
+        self._forget()
         turn, self._turn = self._turn, Turn()
         return turn
 
@@ -224,11 +229,11 @@ class Scheduler:
     def _admitted(self, ticket: Ticket, live: LiveRequest) -> None:
         ticket.live, ticket.started = live, self._clock()
         self._turn.started.append(ticket)
+        self._meter.admitted(ticket)
         if live.error is not None:
             self._turn.deltas += self._loop.end(live, "plugin_error")
             self._finish(ticket)
             return
-        self._meter.admitted(live)
         self._silent.append(ticket)
         self._running.join(ticket)
 
@@ -304,5 +309,6 @@ class Scheduler:
             self._silent.remove(ticket)
         self._deadlines.forget(ticket)
         self._turn.ended.append(ticket)
+        self._meter.ended()
         ticket.stats = request_stats(ticket)
         self._loop.plugins.on_request_end(ticket.stats)

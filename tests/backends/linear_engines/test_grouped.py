@@ -167,3 +167,21 @@ def test_another_device_than_the_cpu_is_refused(directory: Path, plugins: Plugin
     assert Session.from_directory(directory, plugins=plugins, device="cpu").device.type == "cpu"
     with pytest.raises(ConfigError, match="onnxruntime engines run on the CPU, not on 'cuda'"):
         Session.from_directory(directory, plugins=plugins, device="cuda")
+
+
+def test_a_second_cache_is_bound_anew(directory: Path, plugins: Plugins) -> None:
+    """Its address may be that of the first one, and its layers lie elsewhere."""
+    session = Session.from_directory(directory, plugins=plugins)
+    engine: Any = session._executable
+    model = session.config.model
+    kv = KVModel(model.num_layers, model.num_kv_heads, model.head_size, "float32", 0)
+    ids, logits = torch.tensor([[5], [7]]), torch.empty(2, 1, 67)
+    inputs = {"input_ids": ids, "write_indices": torch.tensor([0, 0]), "logit_indices": torch.zeros_like(ids)}
+    bound = []
+    for slots in (4, 3):
+        engine.allocate_kv(KVPlan(slots, 64, 1, kv))
+        session.run({**inputs, "cache_rows": torch.arange(2)}, {"logits": logits})
+        bound.append(engine._binding)
+        written = engine._caches[:, :2, :, 0].abs().sum((1, 2, 3))
+        assert (written > 0).all(), "all layers write where their caches are"
+    assert bound[0] is not bound[1]

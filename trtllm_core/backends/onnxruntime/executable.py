@@ -13,6 +13,7 @@ import torch
 from trtllm_core.backends.linear.executable import LinearExecutable
 from trtllm_core.config import EngineConfig
 from trtllm_core.errors import EngineCorruptError
+from trtllm_core.plugin.kv_policy import KVPlan
 
 ENTRIES_STEP = 64
 """Attention looks at a multiple of this many cache entries, as few as hold the longest row."""
@@ -41,8 +42,13 @@ class OnnxRuntimeExecutable(LinearExecutable):
         contract = {"logits", *self.present}
         self._watched = [one.name for one in self._session.get_outputs() if one.name not in contract]
         self._binding: Any = None
-        self._place: tuple[int, int] | None = None
-        """Address and rows of the caches that are bound."""
+        self._place: tuple[int, int, bool] | None = None
+        """Address and rows of the caches that are bound, and whether what is watched is."""
+
+    def allocate_kv(self, plan: KVPlan) -> int:
+        """See ``Executable``."""
+        self._binding = self._place = None  # it holds the addresses of the caches that were
+        return super().allocate_kv(plan)
 
     def launch(
         self,
@@ -84,7 +90,7 @@ class OnnxRuntimeExecutable(LinearExecutable):
 
     def _bound(self, caches: Sequence[torch.Tensor]) -> Any:
         """A binding of what stays: weights, and the caches until a run has other rows of them."""
-        place = caches[0].data_ptr(), caches[0].shape[0]
+        place = caches[0].data_ptr(), caches[0].shape[0], self.debugging
         if place != self._place:
             self._binding, self._place = self._session.io_binding(), place
             for name, tensor in self._weights.items():

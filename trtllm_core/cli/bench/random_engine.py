@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trtllm_core.config import BuildConfig, KVCacheConfig
     from trtllm_core.runner import ModelRunner
 
-_OPTIONS = frozenset({"batch_invariant", "native", "cuda_graphs"})
+_OPTIONS = frozenset({"batch_invariant", "native", "cuda_graphs", "int8_activations"})
 """Of the backend, those that say how it runs what is in memory already."""
 _SPREAD = 0.02
 """Standard deviation of the matrices: small, as models are initialised, so that half precision does not overflow."""

@@ -111,7 +111,7 @@ def accept_draft_tokens_by_logits(
     p, q = (_chances(rows, vocab_size) for rows in (torch.stack([each[:most] for each in given]), draft_logits[slots]))
     draft_probs[slots], target_probs[slots] = q.to(draft_probs.dtype), p.to(target_probs.dtype)
     if draft_token_ids is not None:
-        drafts = draft_token_ids[slots].long().unsqueeze(2)
+        drafts = draft_token_ids[slots].long().clamp(0, vocab_size - 1).unsqueeze(2)  # padding may be anything
         p_of, q_of = p.gather(2, drafts), q.gather(2, drafts)
     else:
         p_of, q_of = p[:, :, :vocab_size], q[:, :, :vocab_size]

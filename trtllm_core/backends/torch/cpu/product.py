@@ -11,8 +11,7 @@ from trtllm_core.quantize import QuantizedWeight
 
 DIRECT_UP_TO = 64
 """Rows up to which the compiled product reads codes. From there on weights are dequantised, piece by piece, for
-PyTorch's own product, which catches up at 128 rows with float32 and at 512 with bytes (SmolLM2-135M's layers, 2 cores
-with AVX-512), and does not round prompts."""
+PyTorch's own product, which catches up with more rows, and does not round prompts."""
 
 PIECE = 1 << 20
 """Elements that are dequantised at a time: what a core's cache holds."""

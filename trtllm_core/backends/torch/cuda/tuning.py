@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from statistics import median
+from tempfile import NamedTemporaryFile
 
 import torch
 import triton
@@ -55,10 +58,7 @@ class Tunings:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = cache_folder() / "kernels.json" if path is None else path
-        try:
-            self._known: dict[str, list[int] | None] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
+        self._known = _read(self._path)
         self._changed = False
 
     def choose(
@@ -95,11 +95,10 @@ class Tunings:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            known = json.loads(self._path.read_text()) if self._path.exists() else {}
-            part = self._path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(known | self._known, indent=1, sort_keys=True))
-            part.replace(self._path)
-        except (OSError, ValueError) as error:
+            with NamedTemporaryFile("w", dir=self._path.parent, suffix=".part", delete=False) as part:
+                json.dump(_read(self._path) | self._known, part, indent=1, sort_keys=True)
+            os.replace(part.name, self._path)
+        except OSError as error:
             _log.warning("the choice of kernels is measured again next time: %s", error)
 
 
@@ -201,6 +200,30 @@ def _replayed(chain: Callable[[], None], device: torch.device) -> float:
     return float(median(times[1:]))
 
 
+def _read(path: Path) -> dict[str, list[int] | None]:
+    """What a file says of known ways. What is damaged, or says anything else, is measured anew."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: way for key, way in entries if way is None or _is_way(way)}
+
+
+def _is_way(way: object) -> bool:
+    sizes = len(Blocks._fields), len(Tiling._fields)
+    return isinstance(way, list) and len(way) in sizes and all(isinstance(number, int) for number in way)
+
+
+@cache
+def _sources() -> str:
+    """Of the kernels and of what is tried: others may be faster since they changed."""
+    digest = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6)
+    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _key(product: Product, weight: torch.Tensor | Codes, biased: bool, rows: int) -> str:
     """Whatever the choice depends on."""
     stored = weight if isinstance(weight, torch.Tensor) else weight.codes
@@ -208,6 +231,7 @@ def _key(product: Product, weight: torch.Tensor | Codes, biased: bool, rows: int
         torch.cuda.get_device_name(stored.device),
         f"torch {torch.__version__}",
         f"triton {triton.__version__}",
+        f"kernels {_sources()}",
         _kind(weight),
         "x".join(map(str, weight.shape)),
         product.activation,

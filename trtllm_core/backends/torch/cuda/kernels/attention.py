@@ -17,8 +17,8 @@ from trtllm_core.nn import Attention
 PROGRAMS = 132
 """Programs that a launch should have, one for each multiprocessor of an H100: caches are split until there are."""
 LONG, MORE = 4096, 512
-"""Entries from which caches of numbers are split into more, until there are so many programs: at 8000 entries of 32
-rows that is a fifth faster, while those of short caches have nothing to wait for. Codes keep multiprocessors busy."""
+"""Entries from which caches of numbers are split into more, until there are so many programs: more of the memory is
+waited for at a time. Those of short caches have nothing to wait for, and codes keep multiprocessors busy."""
 MOST_SPLITS = 32
 
 

@@ -68,6 +68,7 @@ def _round(x_ptr, numbers_ptr, scales_ptr, stride, SIZE: tl.constexpr, PADDED: t
     x = tl.load(x_ptr + row * stride + element, mask=inside, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(x), 0) / 448.0
     scale = tl.where(scale == 0.0, 1.0, scale)
+    scale = tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), scale)  # maxima pass NaN over
     x = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
     tl.store(numbers_ptr + row * SIZE + element, x.to(numbers_ptr.dtype.element_ty), mask=inside)
     tl.store(scales_ptr + row, scale)
