@@ -17,12 +17,13 @@ from trtllm_core.backends.torch.cuda import context as cuda_context
 from trtllm_core.backends.torch.cuda.cache import CudaQuantizedCache
 from trtllm_core.backends.torch.cuda.context import MixedContext
 from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
-from trtllm_core.backends.torch.cuda.kernels import attention
+from trtllm_core.backends.torch.cuda.kernels import splits
 from trtllm_core.backends.torch.cuda.kernels.activation import NAMES, activated
-from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention, splits_for
+from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention
 from trtllm_core.backends.torch.cuda.kernels.gemv import TILINGS, Tiling, gemv
 from trtllm_core.backends.torch.cuda.kernels.norm import norm
 from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
+from trtllm_core.backends.torch.cuda.kernels.splits import splits_for
 from trtllm_core.backends.torch.layer_cache import QuantizedCache
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Alibi, Attention, RotaryEmbedding, rotate_
@@ -130,7 +131,7 @@ def attended(
 @pytest.mark.parametrize("name", LAYERS)
 def test_attention(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of other lengths, in blocks in disorder; two rows of the bucket are none."""
-    monkeypatch.setattr(attention, "PROGRAMS", 24)
+    monkeypatch.setattr(splits, "PROGRAMS", 24)
     for block in (8, 64):
         out, expected, pool, pool_expected = attended(LAYERS[name], torch.device(device), torch.float32, block, 8, PAST)
         torch.testing.assert_close(out[: len(PAST)], expected, rtol=1e-4, atol=1e-4)
@@ -142,7 +143,7 @@ def test_attention(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["plain", "one key head", "all", "size 80"])
 @pytest.mark.parametrize("kv", ["int8", "fp8"])
 def test_attention_over_codes(kv: str, name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PROGRAMS", 24)
+    monkeypatch.setattr(splits, "PROGRAMS", 24)
     for block in (8, 64):
         out, expected, pool, pool_expected = attended(
             LAYERS[name], torch.device(device), torch.float32, block, 8, PAST, kv
@@ -211,7 +212,7 @@ def test_attention_without_splits(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert splits_for(300, 8, 9000) == 1
     assert [splits_for(32, 8, longest) for longest in (300, 4096)] == [1, 2]
     assert splits_for(32, 8, 9000, coded=True) == 1
-    monkeypatch.setattr(attention, "PROGRAMS", 1)
+    monkeypatch.setattr(splits, "PROGRAMS", 1)
     where = torch.device(device)
     out, expected, *_ = attended({"rotary": 32}, where, torch.float32, 16, len(PAST), PAST)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
@@ -333,7 +334,7 @@ def plain_flash(layer: Attention, q: torch.Tensor, kv: torch.Tensor, prompts: cu
 def test_prompts_chunks_and_decoding_rows_share_a_call(
     rows: list[int], cached: list[int], kv: str, fused: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "PROGRAMS", 4)
+    monkeypatch.setattr(splits, "PROGRAMS", 4)
     monkeypatch.setattr(cuda_context, "FUSED_FROM", 1 if fused else 1000)
     if device == "cpu":  # there, the packing alone is what is tested
         monkeypatch.setattr(cuda_context, "FUSED", (torch.float32,))

@@ -11,8 +11,9 @@ import torch
 
 from trtllm_core.backends.torch.attention import PagedContext
 from trtllm_core.backends.torch.batch import PackedBatch, Row
-from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
+from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention
 from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
+from trtllm_core.backends.torch.cuda.kernels.rows import DecodeRows
 from trtllm_core.backends.torch.layer_cache import LayerCache
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.nn import Attention

@@ -12,8 +12,9 @@ import torch
 from trtllm_core.backends.torch.batch import host, is_all, is_decode, is_prompt
 from trtllm_core.backends.torch.cuda.context import Packed, Prompts, attend_prompts, is_fused
 from trtllm_core.backends.torch.cuda.inputs import DecodeInputs
-from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows, decode_attention
+from trtllm_core.backends.torch.cuda.kernels.attention import decode_attention
 from trtllm_core.backends.torch.cuda.kernels.prompt import place_prompt
+from trtllm_core.backends.torch.cuda.kernels.rows import DecodeRows
 from trtllm_core.backends.torch.cuda.switch import Switch
 from trtllm_core.backends.torch.pool import KVPool
 from trtllm_core.errors import BackendError

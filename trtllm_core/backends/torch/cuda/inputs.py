@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows
+from trtllm_core.backends.torch.cuda.kernels.rows import DecodeRows
 
 PINNED = 4
 """Host buffers in turn: a step may be on its way to the device while the next ones are written."""

@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_core.backends.torch.cuda.kernels.codes import encoded, halves, lower_and_upper
+from trtllm_core.backends.torch.cuda.kernels.rows import DecodeRows
+from trtllm_core.backends.torch.cuda.kernels.splits import CODES, NUMBERS, mean_of_parts, splits_for
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 from trtllm_core.backends.torch.layer_cache import LayerCache, largest_of
 from trtllm_core.nn import Attention
 
-PROGRAMS = 132
-"""Programs that a launch should have, one for each multiprocessor of an H100: caches are split until there are."""
-LONG, MORE = 4096, 512
-"""Entries from which caches of numbers are split into more, until there are so many programs: more of the memory is
-waited for at a time. Those of short caches have nothing to wait for, and codes keep multiprocessors busy."""
-MOST_SPLITS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How a program goes through its part of a cache."""
-
-    tile: int
-    """Entries that it looks at together, of heads of up to 128 elements."""
-    warps: int
-    stages: int
-    """Tiles that are on their way."""
-
-
-NUMBERS, CODES = Launch(64, 4, 3), Launch(128, 4, 5)
-"""Of caches of numbers and of codes, as measured on an H200."""
 _NONE = tl.constexpr(-1e30)  # a score that counts for nothing; -inf less itself would be NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Rows of one token each, described on the device: what a captured kernel reads when it runs."""
-
-    past: torch.Tensor
-    """int32 ``[rows]``: tokens cached before this call; -1: no row, nothing is read or written for it."""
-    positions: torch.Tensor
-    """int32 ``[rows]``: which angles turn queries and keys."""
-    tables: torch.Tensor
-    """int32 ``[rows * width]`` or longer: blocks of each row's cache."""
-    width: torch.Tensor
-    """int32 ``[1]``: blocks of a row of ``tables``."""
-    longest: int
-    """Entries that a row's cache may have at most, now or when a captured kernel runs."""
-
-
-def splits_for(rows: int, kv_heads: int, longest: int, coded: bool = False) -> int:
-    """Parts that each cache is split into: a number that a launch of ``rows`` is captured with."""
-    parts, most = 1, min(MOST_SPLITS, -(-longest // NUMBERS.tile))
-    programs = PROGRAMS if coded or longest < LONG else MORE
-    while parts < most and rows * kv_heads * parts < programs:
-        parts *= 2
-    return parts
 
 
 def decode_attention(
@@ -98,7 +52,6 @@ def decode_attention(
     launch = NUMBERS if cache.scales is None else CODES
     exact = qkv.dtype == torch.float32
     large = padded > 128 or (exact and cache.scales is not None)  # codes become float32 numbers in shared memory
-    options = launch_options(qkv.device)
     _attend[(count, kv_heads, splits)](
         qkv,
         cache.data,
@@ -131,10 +84,10 @@ def decode_attention(
         EXACT=exact,
         LARGEST=largest_of(cache),
         num_warps=launch.warps,
-        **options,
+        **launch_options(qkv.device),
     )
     if splits > 1:
-        _combine[(count * heads,)](parts, sums, out, SIZE=size, PADDED=padded, SPLITS=splits, num_warps=2, **options)
+        mean_of_parts(parts, sums, out)
     return out
 
 
@@ -329,30 +282,3 @@ def _attend(
         part = head * SPLITS + split
         tl.store(parts_ptr + part[:, None] * SIZE + element[None, :], mean, mask=asked)
         tl.store(sums_ptr + part, tl.where(total > 0, top + tl.log2(some), _NONE), mask=group < GROUP)
-
-
-@triton.jit
-def _combine(
-    parts_ptr,
-    sums_ptr,
-    out_ptr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One head of a row: the mean of its parts, each weighted by what it has seen."""
-    head = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    split = tl.arange(0, SPLITS)
-    element = tl.arange(0, PADDED)
-    inside = element < SIZE
-    sums = tl.load(sums_ptr + head * SPLITS + split)
-    weights = tl.exp2(sums - tl.max(sums, 0))
-    weights = weights / tl.sum(weights, 0)
-    at = (head * SPLITS + split)[:, None] * SIZE + element[None, :]
-    parts = tl.load(parts_ptr + at, mask=inside[None, :], other=0.0)
-    mean = tl.sum(parts * weights[:, None], 0)
-    tl.store(out_ptr + head * SIZE + element, mean.to(out_ptr.dtype.element_ty), mask=inside)

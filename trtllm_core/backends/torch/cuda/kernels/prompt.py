@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_core.backends.torch.cuda.kernels.attention import DecodeRows
 from trtllm_core.backends.torch.cuda.kernels.codes import encoded
+from trtllm_core.backends.torch.cuda.kernels.rows import DecodeRows
 from trtllm_core.backends.torch.cuda.support import launch_options, up
 from trtllm_core.backends.torch.layer_cache import LayerCache, largest_of
 from trtllm_core.nn import Attention
