@@ -35,7 +35,6 @@ def needs_python(plan: Plan) -> str | None:
     Criteria of the host kind are no reason: they are asked when the step lands.
     """
     for item in plan.items:
-        capabilities = item.plugin.capabilities  # type: ignore[attr-defined]
-        if not (isinstance(item.plugin, HostStoppingCriterion) or getattr(capabilities, "graph_safe", False)):
+        if not (isinstance(item.plugin, HostStoppingCriterion) or item.graph_safe):
             return f"{item.name!r} does not say that it is graph_safe"
     return None

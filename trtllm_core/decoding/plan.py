@@ -33,6 +33,11 @@ class PlanItem:
     passed: bool = False
     """The user passed the object in: it is forgotten with the last branch that uses it."""
 
+    @property
+    def graph_safe(self) -> bool:
+        """Whether it says that its code on the device may be captured in a CUDA graph."""
+        return bool(getattr(getattr(self.plugin, "capabilities", None), "graph_safe", False))
+
     def view(self, view: BranchView) -> BranchView:
         """What this plugin is shown of a branch: the view with its own parameters."""
         return replace(view, params=self.params)

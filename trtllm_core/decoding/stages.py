@@ -293,5 +293,5 @@ class Stages(Generic[P]):
             stage.total = len(stage.members) == len(self._of)
         self.wants_logits = any(stage.wants_logits for stage in live)
         device = [stage for stage in self.live if not isinstance(stage.plugin, HostAdapter)]
-        safe = all(getattr(stage.plugin.capabilities, "graph_safe", False) for stage in device)  # type: ignore[attr-defined]
+        safe = all(stage.item.graph_safe for stage in device)
         self.graph_key = tuple((stage, stage.total, stage.plugin.graph_key) for stage in device) if safe else None

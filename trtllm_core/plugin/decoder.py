@@ -29,6 +29,7 @@ class DecoderCapabilities:
     """Of a sampler: behind drafts it takes what it would take had they been committed, so that it can be asked about
     several positions of a branch at once."""
     graph_safe: bool = False
+    """Of a sampler: ``sample`` and ``commit`` may be captured in a CUDA graph, as of ``LogitsCapabilities``."""
     needs: frozenset[str] = frozenset()
     """Of ``kv_fork``, ``kv_rewind``, ``multi_position``, ``tree_mask``, and of what the decoder's ``host`` can do for
     each of its requests: ``sampler`` (``host.sample``), ``distribution`` (``host.distribution``), ``hidden_states``

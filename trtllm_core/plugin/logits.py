@@ -34,7 +34,11 @@ class LogitsCapabilities:
     """It never changes which logit is largest, so that a greedy choice may skip it."""
     speculation: Literal["none", "per_position", "rewind"] = "none"
     graph_safe: bool = False
-    """``apply`` and ``commit`` may be captured in a CUDA graph: fixed shapes, no sync, no Python branch on data."""
+    """``apply`` and ``commit`` may be captured in a CUDA graph: fixed shapes, no sync, no Python branch on data.
+
+    A step that replays the graph does not call them: what changes from step to step must be in tensors, which stay
+    where they are while ``graph_key`` stays the same.
+    """
     needs: frozenset[str] = frozenset()
     """What else it must be given, such as ``hidden_states``; a backend without it refuses the request."""
 

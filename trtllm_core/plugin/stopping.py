@@ -38,6 +38,7 @@ class StoppingCapabilities:
 
     speculation: Literal["none", "per_position", "rewind"] = "per_position"
     graph_safe: bool = False
+    """Of a device criterion: ``check`` and ``commit`` may be captured in a CUDA graph, as of ``LogitsCapabilities``."""
     needs: frozenset[str] = frozenset()
     """``text`` (the engine must have a tokenizer) or ``logits`` (device criteria only: see ``CommitBatch.logits``)."""
 

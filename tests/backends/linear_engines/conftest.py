@@ -37,6 +37,17 @@ class Graph:
 MakeGraph = Callable[..., Graph]
 
 
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.load()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA."""
+    return write_llama(tmp_path_factory.mktemp("hf"))
+
+
 @pytest.fixture(scope="session")
 def make_graph(tmp_path_factory: pytest.TempPathFactory) -> MakeGraph:
     """``make_graph(kind, dtype, checkpoint, ...)``: made once each; without a checkpoint of a tiny LLaMA."""

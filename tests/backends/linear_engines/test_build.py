@@ -44,16 +44,6 @@ HALF = {"float16": 5e-3, "bfloat16": 1e-5}
 """How far the graph may be from the torch backend, as a share of the largest logit. bfloat16 is its float32 twin."""
 
 
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("hf"))
-
-
 def trt_build(**options: Any) -> BuildConfig:
     dtype = options.pop("dtype", "float16")
     return LIMITS.replace(dtype=dtype, backend="tensorrt", options=options)

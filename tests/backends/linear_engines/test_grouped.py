@@ -121,11 +121,6 @@ def test_every_family_on_onnx_runtime(family: str, dtype: Any, tmp_path: Path, p
 
 
 @pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> Path:
     place = tmp_path_factory.mktemp("grouped")
     model = ReferenceModel(SMALL["llama"], place, plugins, gain=0.8)

@@ -18,7 +18,6 @@ from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.errors import CapacityError, ConfigError
 from trtllm_core.plugin import HostLogitsProcessor, LogitsCapabilities
 from trtllm_core.testing import tensorrt_double as double
-from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.host_cuda import HostCuda
 
 from .conftest import LIMITS, MakeGraph
@@ -43,16 +42,6 @@ class OneOfThree(HostLogitsProcessor):
 
 
 Both = Callable[..., tuple[list[Any], list[Any]]]
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

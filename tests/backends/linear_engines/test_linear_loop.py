@@ -18,23 +18,12 @@ from trtllm_core.config import BuildConfig, EngineConfig
 from trtllm_core.errors import BackendError, ConfigError
 from trtllm_core.session import Session
 from trtllm_core.testing import tensorrt_double as double
-from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.host_cuda import HostCuda
 
 from .conftest import LIMITS, MakeGraph
 
 PROMPTS = [[5, 6, 7], [11], list(range(1, 41)), [9, 8], [3] * 17, [42, 17]]
 GREEDY = SamplingConfig(max_new_tokens=20, end_id=(), return_dict=True)
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

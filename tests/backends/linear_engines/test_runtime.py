@@ -26,11 +26,6 @@ PROMPTS = [[5, 6, 7, 8, 9], [11] * 4, [9, 8] * 3]
 """All longer than what the generation profile takes."""
 
 
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
 @pytest.fixture
 def graph(make_graph: MakeGraph) -> Graph:
     return make_graph("lower_right", "float32")

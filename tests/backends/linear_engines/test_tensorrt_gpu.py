@@ -48,11 +48,6 @@ def module(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
 def build(module: str, tmp_path_factory: pytest.TempPathFactory, plugins: Plugins) -> Build:
     """``build(dtype, backend, **options)``: the directory of an engine, each made once."""
     checkpoint, made = write_llama(tmp_path_factory.mktemp("hf")), {}

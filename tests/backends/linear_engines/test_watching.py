@@ -17,7 +17,6 @@ from trtllm_core.backends.tensorrt.profiles import profile_shapes
 from trtllm_core.backends.tensorrt.runtime import TensorRTRuntime
 from trtllm_core.errors import ConfigError
 from trtllm_core.testing import tensorrt_double as double
-from trtllm_core.testing.checkpoints import write_llama
 from trtllm_core.testing.host_cuda import HostCuda
 
 from .conftest import LIMITS, MakeGraph
@@ -25,16 +24,6 @@ from .conftest import LIMITS, MakeGraph
 GREEDY = SamplingConfig(max_new_tokens=4, end_id=())
 NAMES = ("layers.*", "layers.0.mlp")
 FOUND = {"layers.0", "layers.1", "layers.0.mlp"}
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.load()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

@@ -61,16 +61,7 @@ def grouped_attention(
 
 @grouped_attention.register_fake
 def _(
-    qkv: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    last: torch.Tensor,
-    longest: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
+    qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads = qkv.shape[2] - 2 * key_cache.shape[1]
     out = qkv.new_empty(*qkv.shape[:2], heads * qkv.shape[3])
